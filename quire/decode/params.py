@@ -1,0 +1,146 @@
+"""What a request may ask of the sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+from quire.errors import InvalidRequestError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens and when to stop. Unknown or out-of-range fields are refused.
+
+    ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 are off. ``logprobs`` = k returns the
+    log-probabilities of the chosen token and the k likeliest at each step, taken from the model's
+    raw distribution (before penalties and temperature); ``prompt_logprobs`` the same for the
+    prompt. ``max_tokens`` None means up to the model's context. With equal ``seed`` and prompt the
+    output is the same, whatever else is in the batch. ``bad_words`` are strings never produced.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    max_tokens: int | None = 128
+    ignore_eos: bool = False
+    bad_words: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _normalise(self)
+        _check_types(self)
+        _check_ranges(self)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self.temperature == 0.0
+
+
+_RANGES: dict[str, tuple[float, float]] = {
+    "n": (1, 1024),
+    "temperature": (0, 100),
+    "top_k": (0, float("inf")),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "repetition_penalty": (0.01, 100),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "logprobs": (0, 100),
+    "prompt_logprobs": (0, 100),
+    "min_tokens": (0, float("inf")),
+    "max_tokens": (1, float("inf")),
+}
+_INTEGERS = {"n", "top_k", "seed", "logprobs", "prompt_logprobs", "min_tokens", "max_tokens"}
+_OPTIONAL = {"seed", "logprobs", "prompt_logprobs", "max_tokens"}
+
+
+def _normalise(params: SamplingParams) -> None:
+    """Accept one string for a list of strings, lists for tuples, and -1 for top-k off."""
+    for name in ("stop", "bad_words", "stop_token_ids"):
+        value = getattr(params, name)
+        if isinstance(value, str):
+            value = (value,)
+        if value is None:
+            value = ()
+        if isinstance(value, list):
+            value = tuple(value)
+        object.__setattr__(params, name, value)
+    if params.logit_bias is None:
+        object.__setattr__(params, "logit_bias", {})
+    if params.top_k == -1:
+        object.__setattr__(params, "top_k", 0)
+
+
+def _check_types(params: SamplingParams) -> None:
+    for name in _RANGES.keys() | {"seed"}:
+        value = getattr(params, name)
+        if value is None and name in _OPTIONAL:
+            continue
+        wanted: tuple[type, ...] = (int,) if name in _INTEGERS else (int, float)
+        if isinstance(value, bool) or not isinstance(value, wanted):
+            kind = "an integer" if name in _INTEGERS else "a number"
+            raise InvalidRequestError(
+                f"{name} must be {kind}, not {value!r}.", field=name, value=value
+            )
+    if not isinstance(params.ignore_eos, bool):
+        raise InvalidRequestError(
+            f"ignore_eos must be true or false, not {params.ignore_eos!r}.",
+            field="ignore_eos",
+            value=params.ignore_eos,
+        )
+    for name, kind_ in (("stop", str), ("bad_words", str), ("stop_token_ids", int)):
+        value = getattr(params, name)
+        if not isinstance(value, tuple) or not all(
+            isinstance(v, kind_) and not isinstance(v, bool) and v != "" for v in value
+        ):
+            what = "non-empty strings" if kind_ is str else "token ids"
+            raise InvalidRequestError(
+                f"{name} must be a list of {what}, not {value!r}.", field=name, value=value
+            )
+    bias = params.logit_bias
+    if not isinstance(bias, Mapping) or not all(
+        isinstance(k, int) and isinstance(v, (int, float)) and not isinstance(v, bool)
+        for k, v in bias.items()
+    ):
+        raise InvalidRequestError(
+            f"logit_bias must map token ids to numbers, not {bias!r}.",
+            field="logit_bias",
+            value=bias,
+        )
+
+
+def _check_ranges(params: SamplingParams) -> None:
+    for name, (low, high) in _RANGES.items():
+        value = getattr(params, name)
+        if value is not None and not low <= value <= high:
+            raise InvalidRequestError(
+                f"{name} is {value}, outside {low:g} to {high:g}.",
+                field=name,
+                value=value,
+                limit=(low, high),
+            )
+    if params.top_p == 0:
+        raise InvalidRequestError("top_p must be above 0.", field="top_p", value=0, limit=(0, 1))
+    if params.max_tokens is not None and params.min_tokens > params.max_tokens:
+        raise InvalidRequestError(
+            f"min_tokens {params.min_tokens} exceeds max_tokens {params.max_tokens}.",
+            field="min_tokens",
+            value=params.min_tokens,
+            limit=params.max_tokens,
+        )
+
+
+PARAM_NAMES = frozenset(f.name for f in fields(SamplingParams))

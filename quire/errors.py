@@ -1,0 +1,82 @@
+"""The errors that users see. Each says what was wrong, with which value, and what to do next.
+
+::
+
+    QuireError
+    ├── ModelError              the checkpoint cannot be used
+    │   ├── UnsupportedModelError    architecture, feature or quantisation not supported
+    │   └── CheckpointError          missing, damaged or inconsistent files
+    ├── MemoryBudgetError       what was asked does not fit in the memory given
+    ├── RequestError            one request cannot run; the others go on
+    │   ├── InvalidRequestError      a field has a wrong type or value
+    │   └── PromptTooLongError       the prompt leaves no room in the context or the KV pool
+    ├── InputFileError          the input as a whole cannot be used
+    └── EngineStallError        the engine made no progress; carries a dump of its state
+"""
+
+from __future__ import annotations
+
+
+class QuireError(Exception):
+    """Base of all errors shown to users.
+
+    ``what`` is a sentence that names the place and the fault; ``value`` the offending value,
+    ``limit`` the bound that it broke (either may be None), ``action`` what to do next.
+    """
+
+    def __init__(
+        self, what: str, *, value: object = None, limit: object = None, action: str = ""
+    ) -> None:
+        super().__init__(f"{what} {action}".strip())
+        self.what = what
+        self.value = value
+        self.limit = limit
+        self.action = action
+
+
+class ModelError(QuireError):
+    """The checkpoint cannot be used."""
+
+
+class UnsupportedModelError(ModelError):
+    """Architecture, feature or quantisation that Quire does not support."""
+
+
+class CheckpointError(ModelError):
+    """Missing, damaged or inconsistent checkpoint files."""
+
+
+class MemoryBudgetError(QuireError):
+    """What was asked does not fit in the memory given."""
+
+
+class RequestError(QuireError):
+    """One request cannot run; the others go on. ``field`` is the input field at fault."""
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        field: str | None = None,
+        value: object = None,
+        limit: object = None,
+        action: str = "",
+    ) -> None:
+        super().__init__(what, value=value, limit=limit, action=action)
+        self.field = field
+
+
+class InvalidRequestError(RequestError):
+    """A field has a wrong type or value."""
+
+
+class PromptTooLongError(RequestError):
+    """The prompt leaves no room in the model's context or in the KV pool."""
+
+
+class InputFileError(QuireError):
+    """The input as a whole cannot be used."""
+
+
+class EngineStallError(QuireError):
+    """The engine made no progress; the message carries a dump of its state."""

@@ -1,1 +1,1 @@
-"""."""
+"""The public face: `LLM` and what it returns."""

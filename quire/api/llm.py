@@ -1,0 +1,344 @@
+"""The Python face: load a model once, generate for many prompts."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib.resources import files
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from quire.api.outputs import CompletionOutput, RequestOutput, Stats
+from quire.decode.params import SamplingParams
+from quire.engine.budget import make_budget, parse_bytes
+from quire.engine.engine import Engine
+from quire.engine.request import EngineRequest, EngineResult
+from quire.engine.watchdog import Watchdog
+from quire.errors import (
+    EngineStallError,
+    InvalidRequestError,
+    PromptTooLongError,
+    QuireError,
+    RequestError,
+)
+from quire.kv.arena import token_bytes
+from quire.models.loader import load_model, load_spec, stored_dtype, weight_bytes
+from quire.models.tokenizer import Tokenizer
+from quire.schedule.policies import POLICIES
+
+Prompt = str | Mapping[str, Any]
+Overlong = Literal["error", "truncate-left", "truncate-right", "fail"]
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def model_folder(model: str | Path) -> Path:
+    """The checkpoint folder of ``model``: a path, or ``"demo"`` for the bundled model."""
+    if str(model) == "demo":
+        return Path(str(files("quire") / "demo_model"))
+    return Path(model).expanduser()
+
+
+class LLM:
+    """A model with its KV memory. Use as a context manager, or `close` it.
+
+    ``dtype``: ``"float32"``, ``"float16"``, ``"bfloat16"`` or None for the checkpoint's.
+    ``memory``: limit for everything ("6GiB"); ``kv_memory``: for the KV alone. ``policy``:
+    ``"batch"`` plans all prompts together, ``"fcfs"`` takes them in order. ``chunk``: most tokens
+    in a step. ``window``: most requests planned together. ``context``: longest sequence (default:
+    the model's). ``on_overlong``: what to do with a prompt that leaves no room in the context.
+    ``plain`` uses the reference attention. ``stall_seconds``: a step longer than that is a fault.
+    ``on_budget`` receives the memory table before weights are loaded.
+
+    Raises ModelError, MemoryBudgetError or InvalidRequestError (a bad option).
+    """
+
+    def __init__(
+        self,
+        model: str | Path = "demo",
+        *,
+        dtype: str | None = None,
+        memory: str | int | None = None,
+        kv_memory: str | int | None = None,
+        policy: str = "batch",
+        threads: int | None = None,
+        chunk: int = 512,
+        window: int = 32768,
+        context: int | None = None,
+        device: str = "cpu",
+        seed: int = 0,
+        on_overlong: Overlong = "error",
+        plain: bool = False,
+        stall_seconds: float = 600.0,
+        on_budget: Callable[[str], None] | None = None,
+    ) -> None:
+        _check_option("policy", policy, POLICIES)
+        _check_option("dtype", dtype, [None, *DTYPES])
+        _check_option("on_overlong", on_overlong, ["error", "truncate-left", "truncate-right", "fail"])
+        for name, value in (("chunk", chunk), ("window", window), ("threads", threads)):
+            if value is not None and value < 1:
+                raise InvalidRequestError(f"{name} must be at least 1.", field=name, value=value)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        folder = model_folder(model)
+        spec = load_spec(folder, context=context)
+        held = DTYPES[dtype] if dtype is not None else stored_dtype(folder)
+        self.budget = make_budget(
+            spec,
+            weight_bytes(folder, held),
+            dtype=held,
+            chunk=chunk,
+            kv_token=token_bytes(len(spec.layers), spec.kv_heads, spec.head_dim, held),
+            memory=parse_bytes(memory) if memory is not None else None,
+            kv_memory=parse_bytes(kv_memory) if kv_memory is not None else None,
+            device=device,
+        )
+        if on_budget is not None:
+            on_budget(self.budget.table())
+        self.model = str(model)
+        self.tokenizer = Tokenizer.load(folder)
+        self.window = window
+        self.seed = seed
+        self.on_overlong = on_overlong
+        self.stall_seconds = stall_seconds
+        decoder = load_model(folder, dtype=held, device=device, context=context)
+        self.context = decoder.spec.context
+        self._engine: Engine | None = Engine(
+            decoder,
+            self.tokenizer,
+            policy=POLICIES[policy],
+            kv_bytes=self.budget.kv,
+            chunk=chunk,
+            eos_ids=self.tokenizer.eos_ids,
+            plain=plain,
+        )
+        self._next_id = 0
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the memory of weights and KV back. Nothing can be generated afterwards."""
+        self._engine = None
+        gc.collect()
+
+    @property
+    def engine(self) -> Engine:
+        """The engine behind this LLM; QuireError after `close`."""
+        if self._engine is None:
+            raise QuireError("This LLM is closed.", action="Make a new one.")
+        return self._engine
+
+    @property
+    def stats(self) -> Stats:
+        """Work done so far."""
+        engine = self.engine
+        world, times = engine.world, engine.times
+        counters = world.counters
+        return Stats(
+            steps=world.steps,
+            running=len(world.state.running),
+            waiting=len(world.state.waiting),
+            prompt_tokens=counters.prompt_asked,
+            computed_tokens=counters.prompt_computed,
+            recomputed_tokens=counters.recomputed,
+            output_tokens=counters.output,
+            preemptions=counters.preemptions,
+            plan_seconds=times.insert + times.plan,
+            model_seconds=times.model,
+            sample_seconds=times.sample,
+            kv_bytes=world.pool.pages * engine.page_bytes,
+            peak_kv_bytes=world.pool.peak_pages * engine.page_bytes,
+        )
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Generate for all prompts; results in the order of the prompts.
+
+        A prompt is a string, ``{"prompt": str}`` or ``{"prompt_token_ids": [int, ...]}``.
+        ``sampling_params``: one for all, or one each. A request that cannot run has `error` set.
+        """
+        if isinstance(prompts, (str, Mapping)):
+            prompts = [prompts]
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            params = [sampling_params or SamplingParams()] * len(prompts)
+        else:
+            params = list(sampling_params)
+        if len(params) != len(prompts):
+            raise InvalidRequestError(
+                f"{len(prompts)} prompts came with {len(params)} sampling parameters.",
+                field="sampling_params",
+                value=len(params),
+                limit=len(prompts),
+                action="Give one for all, or one each.",
+            )
+        found = self.generate_iter(zip(prompts, params, strict=True))
+        return sorted(found, key=lambda output: output.request_id)
+
+    def chat(
+        self,
+        messages: Sequence[Any],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Like `generate`, for one conversation (a list of messages) or a list of them."""
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        return self.generate([{"messages": list(m)} for m in conversations], sampling_params)
+
+    def generate_iter(
+        self,
+        requests: Iterable[tuple[Prompt, SamplingParams]],
+        *,
+        on_step: Callable[[Stats], None] | None = None,
+    ) -> Iterator[RequestOutput]:
+        """Yield each request's output as it finishes; ``request_id`` is its place in the input.
+
+        ``requests`` is read window by window, so that it may be longer than memory. ``on_step`` is
+        called after every step.
+        """
+        engine = self.engine
+        source = enumerate(requests)
+        known: dict[int, RequestOutput] = {}
+        exhausted = False
+        try:
+            with Watchdog(self.stall_seconds, engine.describe) as watchdog:
+                while True:
+                    if not exhausted and engine.waiting <= self.window // 2:
+                        window = list(islice(source, self.window))
+                        exhausted = len(window) < self.window
+                        yield from self._add(window, known)
+                    watchdog.beat()
+                    if not engine.unfinished:
+                        if exhausted:
+                            return
+                        continue
+                    for result in engine.step():
+                        yield _complete(known.pop(result.id), result)
+                        watchdog.beat()
+                    if on_step is not None:
+                        on_step(self.stats)
+        except KeyboardInterrupt:
+            if watchdog.fired:
+                raise EngineStallError(
+                    f"No step finished in {self.stall_seconds:g} s.\n{engine.describe()}"
+                ) from None
+            raise
+        finally:
+            engine.abort_all()
+
+    def encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """Text (None for token ids) and token ids of a prompt. Raises InvalidRequestError."""
+        if isinstance(prompt, str):
+            return prompt, self.tokenizer.encode(prompt)
+        if "messages" in prompt:
+            extra = {k: v for k, v in prompt.items() if k != "messages"}
+            return None, self.tokenizer.encode_chat(prompt["messages"], **extra)
+        if "prompt" in prompt and isinstance(prompt["prompt"], str):
+            return prompt["prompt"], self.tokenizer.encode(prompt["prompt"])
+        ids = prompt.get("prompt_token_ids")
+        size = self.engine.runner.model.spec.vocab_size
+        if isinstance(ids, list) and all(type(i) is int for i in ids):
+            wrong = next((i for i in ids if not 0 <= i < size), None)
+            if wrong is not None:
+                raise InvalidRequestError(
+                    f"Token id {wrong} is outside the vocabulary of {size}.",
+                    field="prompt_token_ids",
+                    value=wrong,
+                    limit=size,
+                )
+            return None, ids
+        raise InvalidRequestError(
+            f"A prompt is a string, a token id list or messages, not {str(prompt)[:80]!r}.",
+            field="prompt",
+            value=prompt,
+            action='Give "prompt", "messages" or "prompt_token_ids".',
+        )
+
+    def _add(
+        self,
+        window: list[tuple[int, tuple[Prompt, SamplingParams]]],
+        known: dict[int, RequestOutput],
+    ) -> Iterator[RequestOutput]:
+        """Hand a window to the engine; yields the requests that cannot run."""
+        batch: list[EngineRequest] = []
+        for index, (prompt, params) in window:
+            output = RequestOutput(index, prompt if isinstance(prompt, str) else None, [])
+            try:
+                text, ids = self.encode(prompt)
+                output.prompt, output.prompt_token_ids = text, ids
+                request = self._request(index, ids, params)
+                output.prompt_token_ids = request.prompt.tolist()
+            except RequestError as error:
+                if isinstance(error, PromptTooLongError) and self.on_overlong == "fail":
+                    raise
+                output.error = error
+                yield output
+                continue
+            self._next_id += 1
+            known[request.id] = output
+            batch.append(request)
+        self.engine.add(batch)
+
+    def _request(self, index: int, ids: list[int], params: SamplingParams) -> EngineRequest:
+        if not ids:
+            raise InvalidRequestError(
+                "The prompt is empty.", field="prompt", value="", action="Give at least one token."
+            )
+        room = self.context - min(params.max_tokens or 1, self.context - 1)
+        if self.on_overlong == "truncate-left":
+            ids = ids[-room:]
+        elif self.on_overlong == "truncate-right":
+            ids = ids[:room]
+        self.engine.limit_tokens(len(ids), params.max_tokens)
+        bad_words = []
+        for word in params.bad_words:  # a word continues a text with or without a space before it
+            for text in (word, f" {word}"):
+                bad_words.append(tuple(self.tokenizer.encode(text, special=False)))
+        seed = params.seed
+        if seed is None:
+            digest = hashlib.blake2b(f"{self.seed}/{index}".encode(), digest_size=7)
+            seed = int.from_bytes(digest.digest(), "big")
+        prompt = np.array(ids, dtype=np.int32)
+        return EngineRequest(self._next_id, prompt, params, seed, tuple(bad_words))
+
+
+def _check_option(name: str, value: object, allowed: Iterable[object]) -> None:
+    names = [a for a in allowed if a is not None]
+    if value not in [*names, None] or (value is None and name == "policy"):
+        raise InvalidRequestError(
+            f"{name} is {value!r}.",
+            field=name,
+            value=value,
+            limit=names,
+            action=f"Choose one of {', '.join(map(str, names))}.",
+        )
+
+
+def _complete(output: RequestOutput, result: EngineResult) -> RequestOutput:
+    """Fill in what the engine found."""
+    output.cached_tokens = result.cached_tokens
+    output.prompt_logprobs = result.prompt_logprobs
+    for sample in result.samples:
+        scored = sample.logprobs or None
+        total = sum(entry.logprob for entry in scored) if scored is not None else None
+        output.outputs.append(
+            CompletionOutput(
+                sample.index, sample.text, sample.token_ids, total, scored, sample.finish_reason
+            )
+        )
+    return output

@@ -1,0 +1,318 @@
+"""The step loop: plan, apply, run, sample. The only place where the other rooms meet."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor
+
+from quire.decode.rng import derive_seed
+from quire.decode.sampling import RowState, TokenLogprobs, prompt_logprobs, sample
+from quire.decode.stopping import StopStrings, finish_reason
+from quire.engine.request import EngineRequest, EngineResult, SampleResult
+from quire.engine.runner import Runner
+from quire.engine.world import Work, World
+from quire.errors import EngineStallError, PromptTooLongError
+from quire.kv.arena import Arena, token_bytes
+from quire.models.decoder import Decoder
+from quire.models.tokenizer import Detokenizer, Tokenizer
+from quire.schedule.state import Policy
+from quire.schedule.state import Sequence as Seq
+
+PAGE_TOKENS = 16
+
+
+@dataclass
+class _Live:
+    """A sequence's decoding state."""
+
+    row: RowState
+    index: int
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    stops: StopStrings | None = None
+    detokenizer: Detokenizer | None = None
+    text: str = ""
+
+
+@dataclass
+class _Pending:
+    """A request of which some samples are unfinished."""
+
+    request: EngineRequest
+    sequences: list[Seq]
+    results: list[SampleResult] = field(default_factory=list)
+    prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+
+
+@dataclass
+class Times:
+    """Seconds spent in each part of the step loop."""
+
+    insert: float = 0.0  # planning windows: tree, segments, order
+    plan: float = 0.0  # planning steps and applying the plans
+    model: float = 0.0
+    sample: float = 0.0
+
+
+class Engine:
+    """Runs requests to their end over one model and one KV arena.
+
+    ``kv_bytes`` bounds the KV; ``chunk`` the tokens of a step. ``tokenizer`` may be None when no
+    text is wanted (no stop strings then).
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer | None,
+        *,
+        policy: Policy,
+        kv_bytes: int,
+        chunk: int,
+        eos_ids: tuple[int, ...] = (),
+        plain: bool = False,
+    ) -> None:
+        spec = model.spec
+        layers = len(spec.layers)
+        self.token_bytes = token_bytes(layers, spec.kv_heads, spec.head_dim, model.dtype)
+        self.page_bytes = PAGE_TOKENS * self.token_bytes
+        pages = kv_bytes // self.page_bytes
+        self.world = World(pages, PAGE_TOKENS, chunk, policy)
+        arena = Arena.make(
+            layers, spec.kv_heads, spec.head_dim, pages * PAGE_TOKENS, model.dtype, model.device
+        )
+        self.runner = Runner(model, arena, plain)
+        self.tokenizer = tokenizer
+        self.eos_ids = eos_ids
+        self.times = Times()
+        self._pending: dict[int, _Pending] = {}
+        self._live: dict[int, _Live] = {}
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that are not finished."""
+        return len(self._pending)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that have not started."""
+        return len(self.world.state.waiting)
+
+    def limit_tokens(self, prompt_tokens: int, max_tokens: int | None) -> int:
+        """Output tokens that a request may have: ``max_tokens``, bounded by the context.
+
+        Raises PromptTooLongError when the prompt fills the context, or when prompt and output
+        can never fit in the KV pool together.
+        """
+        context = self.runner.model.spec.context
+        if prompt_tokens >= context:
+            raise PromptTooLongError(
+                f"The prompt has {prompt_tokens} tokens; the context holds {context} and needs "
+                "room for at least one more.",
+                field="prompt",
+                value=prompt_tokens,
+                limit=context,
+                action="Shorten it, or use --on-overlong truncate-left or truncate-right.",
+            )
+        limit = min(max_tokens or context, context - prompt_tokens)
+        need = -(-prompt_tokens // PAGE_TOKENS) + -(-limit // PAGE_TOKENS)
+        if need > self.world.pool.pages:
+            raise PromptTooLongError(
+                f"{prompt_tokens} prompt tokens and up to {limit} output tokens need "
+                f"{need * self.page_bytes:,} bytes of KV; the pool has "
+                f"{self.world.pool.pages * self.page_bytes:,}.",
+                field="max_tokens",
+                value=need * self.page_bytes,
+                limit=self.world.pool.pages * self.page_bytes,
+                action="Give more memory or lower max_tokens.",
+            )
+        return limit
+
+    def add(self, requests: Iterable[EngineRequest]) -> None:
+        """Add requests as one planning window. Each must have passed `limit_tokens`."""
+        started = time.perf_counter()
+        batch = list(requests)
+        added = self.world.add(
+            (
+                r.id,
+                r.prompt,
+                r.params.n,
+                self.limit_tokens(len(r.prompt), r.params.max_tokens),
+                r.params.prompt_logprobs is None,
+            )
+            for r in batch
+        )
+        self._pending.update({r.id: _Pending(r, []) for r in batch})
+        for seq in added:
+            pending = self._pending[seq.request]
+            pending.sequences.append(seq)
+            self._live[seq.id] = self._new_live(seq, pending.request)
+        self.times.insert += time.perf_counter() - started
+
+    def _new_live(self, seq: Seq, request: EngineRequest) -> _Live:
+        params = request.params
+        row = RowState(
+            params=params,
+            seed=derive_seed(request.seed, seq.sample),
+            prompt=seq.prompt,
+            output=seq.output,
+            eos_ids=self.eos_ids,
+            bad_words=request.bad_words,
+        )
+        live = _Live(row, seq.sample)
+        if params.stop and self.tokenizer is not None:
+            live.stops = StopStrings(params.stop)
+            live.detokenizer = Detokenizer(self.tokenizer, seq.prompt.tolist())
+        return live
+
+    def step(self) -> list[EngineResult]:
+        """Run one step; returns the requests that it finished.
+
+        Raises EngineStallError if there is work and nothing can be done.
+        """
+        started = time.perf_counter()
+        plan = self.world.plan()
+        works = self.world.apply(plan)
+        self.times.plan += time.perf_counter() - started
+        started = time.perf_counter()
+        hidden = self.runner.forward(works) if works else None
+        self.times.model += time.perf_counter() - started
+        started = time.perf_counter()
+        finished = self._sample(works, hidden)
+        self.times.sample += time.perf_counter() - started
+        if not (works or finished is not None or plan.preempt or plan.evict or plan.admit):
+            raise EngineStallError(f"The engine can make no progress.\n{self.describe()}")
+        return finished or []
+
+    def _sample(self, works: Sequence[Work], hidden: Tensor | None) -> list[EngineResult] | None:
+        """Sample for every sequence that has caught up; None if there was none."""
+        rows: list[Tensor] = []
+        ready: list[Seq] = []
+        last = 0
+        with torch.inference_mode():
+            for work in works:
+                assert hidden is not None
+                first, last = last, last + work.item.count
+                node = work.node
+                if node is None:
+                    if len(work.sequence.output) == work.sequence.tail.length:
+                        ready.append(work.sequence)
+                        rows.append(hidden[last - 1])
+                    continue
+                if node.missing == 0 and node.ends:
+                    node.hidden = hidden[last - 1].clone()
+                wanted = self._pending[work.sequence.request].request.params.prompt_logprobs
+                if wanted is not None:
+                    self._score_prompt(work, hidden[first:last], wanted)
+            for seq in self.world.state.running:
+                if not seq.output and not seq.leaf.missing:
+                    assert isinstance(seq.leaf.hidden, Tensor)
+                    ready.append(seq)
+                    rows.append(seq.leaf.hidden)
+        if not ready:
+            return None
+        tokens: list[int] = []
+        details: list[TokenLogprobs | None] = []
+
+        def draw(logits: Tensor, first: int) -> None:
+            part = ready[first : first + len(logits)]
+            drawn = sample(logits, [self._live[seq.id].row for seq in part])
+            tokens.extend(drawn.tokens)
+            details.extend(drawn.logprobs)
+
+        self.runner.each_logits(torch.stack(rows), draw)
+        finished = []
+        for seq, token, detail in zip(ready, tokens, details, strict=True):
+            result = self._accept(seq, token, detail)
+            if result is not None:
+                finished.append(result)
+        return finished
+
+    def _score_prompt(self, work: Work, hidden: Tensor, k: int) -> None:
+        """Log-probabilities of the prompt tokens that follow the rows ``hidden``."""
+        pending = self._pending[work.sequence.request]
+        start = work.item.start
+        targets = torch.from_numpy(pending.request.prompt[start + 1 : start + 1 + len(hidden)])
+        hidden = hidden[: len(targets)]
+
+        def score(logits: Tensor, first: int) -> None:
+            part = targets[first : first + len(logits)].long().to(logits.device)
+            for offset, entry in enumerate(prompt_logprobs(logits, part, k)):
+                pending.prompt_logprobs[start + first + offset] = entry
+
+        self.runner.each_logits(hidden, score)
+
+    def _accept(self, seq: Seq, token: int, detail: TokenLogprobs | None) -> EngineResult | None:
+        """Append a sampled token; returns the request's result if that finished it."""
+        if not seq.output:
+            seq.leaf.ends -= 1
+        seq.output.append(token)
+        self.world.counters.output += 1
+        live = self._live[seq.id]
+        if detail is not None:
+            live.logprobs.append(detail)
+        reason = finish_reason(live.row.params, seq.output, self.eos_ids)
+        if reason is None and len(seq.output) >= seq.max_new:
+            reason = "length"
+        if live.stops is not None and live.detokenizer is not None:
+            new = live.detokenizer.push([token])
+            if reason is not None:
+                new += live.detokenizer.finish()
+            live.text += new
+            stop = live.stops.feed(new)
+            if stop is not None:
+                live.text, reason = live.text[:stop], "stop"
+        return self._finish(seq, reason) if reason is not None else None
+
+    def _finish(self, seq: Seq, reason: str) -> EngineResult | None:
+        live = self._live.pop(seq.id)
+        pending = self._pending[seq.request]
+        pending.results.append(
+            SampleResult(seq.sample, seq.output, self._text(seq, live), reason, live.logprobs)
+        )
+        self.world.finish(seq)
+        if len(pending.results) < len(pending.sequences):
+            return None
+        del self._pending[seq.request]
+        prompt = len(pending.request.prompt)
+        scored = [entry for _, entry in sorted(pending.prompt_logprobs.items())]
+        return EngineResult(
+            pending.request.id,
+            prompt,
+            max(0, prompt - sum(s.computed_here for s in pending.sequences)),
+            sorted(pending.results, key=lambda r: r.index),
+            scored if pending.request.params.prompt_logprobs is not None else None,
+        )
+
+    def _text(self, seq: Seq, live: _Live) -> str:
+        if live.stops is not None or self.tokenizer is None:
+            return live.text
+        detokenizer = Detokenizer(self.tokenizer, seq.prompt.tolist())
+        return detokenizer.push(seq.output) + detokenizer.finish()
+
+    def abort_all(self) -> None:
+        """Drop every unfinished request and give its KV back."""
+        state = self.world.state
+        for seq in [*state.running, *state.waiting]:
+            self.world.abort(seq)
+        self._pending.clear()
+        self._live.clear()
+
+    def describe(self) -> str:
+        """The state of queues, pool and counters, for people who look for a fault."""
+        state, pool = self.world.state, self.world.pool
+        lines = [
+            f"step {self.world.steps}: {len(state.running)} running, {len(state.waiting)} waiting",
+            f"pages: {pool.used_pages} used of {pool.pages}, peak {pool.peak_pages}, "
+            f"{PAGE_TOKENS} tokens each",
+            f"counters: {asdict(self.world.counters)}",
+        ]
+        for seq in state.running[:20]:
+            lines.append(
+                f"  sequence {seq.id} of request {seq.request}: prompt {len(seq.prompt)}, missing "
+                f"{seq.leaf.missing}, output {len(seq.output)}, tail {seq.tail.length}"
+            )
+        return "\n".join(lines)

@@ -1,0 +1,62 @@
+"""Turns a hang into a loud failure: no heartbeat for too long, and the state is dumped."""
+
+from __future__ import annotations
+
+import _thread
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+GRACE_SECONDS = 30.0  # between the interrupt and the hard exit
+EXIT_STATUS = 70
+
+
+class Watchdog:
+    """Context manager around a loop that calls `beat` on every turn.
+
+    After ``seconds`` without a beat it prints ``describe()`` and all Python stacks to standard
+    error and interrupts the main thread; `fired` is then true. A main thread that hangs in native
+    code and does not react is ended with exit status 70.
+    """
+
+    def __init__(self, seconds: float, describe: Callable[[], str]) -> None:
+        self.seconds = seconds
+        self.fired = False
+        self._describe = describe
+        self._last = time.monotonic()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="quire-watchdog", daemon=True)
+
+    def beat(self) -> None:
+        """Say that the loop is alive."""
+        self._last = time.monotonic()
+
+    def __enter__(self) -> Watchdog:
+        self.beat()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(min(1.0, self.seconds / 4)):
+            if time.monotonic() - self._last > self.seconds:
+                self.fired = True
+                print(f"No step in {self.seconds:g} s.\n{self._describe()}", file=sys.stderr)
+                faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+                sys.stderr.flush()
+                _thread.interrupt_main()
+                if not self._stop.wait(GRACE_SECONDS):
+                    os._exit(EXIT_STATUS)
+                return

@@ -1,0 +1,177 @@
+"""The world that plans are applied to: tree, pages and sequences. No tensors.
+
+It validates nothing that the pool and the tree do not already refuse, and it counts what happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quire.attention.segments import Item
+from quire.kv.pages import PagePool
+from quire.kv.tree import Node, PrefixTree, Tokens
+from quire.schedule.state import Policy, Sequence, State, StepPlan
+from quire.schedule.step import plan_step
+
+_SEQUENCE_KEY = 1 << 60  # sorts a sequence's own rows after the nodes below its leaf
+
+
+@dataclass(frozen=True)
+class Work:
+    """Tokens to compute in a step: where they stand, their ids int32 and slots int64 [count]."""
+
+    item: Item
+    tokens: Tokens
+    slots: NDArray[np.int64]
+    node: Node | None  # the node they belong to,
+    sequence: Sequence  # or else the sequence's output; for a node, on whose behalf
+
+
+@dataclass
+class Counters:
+    """What happened so far. Tokens unless said otherwise."""
+
+    prompt_asked: int = 0  # prompt tokens of all sequences, as if nothing were shared
+    prompt_computed: int = 0  # prompt tokens computed, recomputation included
+    recomputed: int = 0  # tokens computed again after preemption or eviction
+    output: int = 0
+    preemptions: int = 0  # events
+    finished_ratio: float = 0.0
+    finished: int = 0  # sequences
+
+
+class World:
+    """Tree, pool and queues of one engine."""
+
+    def __init__(self, pages: int, page_tokens: int, chunk: int, policy: Policy) -> None:
+        self.policy = policy
+        self.pool = PagePool(pages, page_tokens)
+        self.tree = PrefixTree(self.pool)
+        self.state = State(self.tree, chunk)
+        self.counters = Counters()
+        self.steps = 0
+        self._next_sequence = 0
+
+    def add(self, prompts: Iterable[tuple[int, Tokens, int, int, bool]]) -> list[Sequence]:
+        """Add requests ``(id, prompt, samples, max_new, shared)`` as one planning window."""
+        added = []
+        for request, prompt, samples, max_new, shared in prompts:
+            leaf = self.tree.insert(prompt, shared=shared)
+            for sample in range(samples):
+                self.tree.retain(leaf)
+                added.append(
+                    Sequence(self._next_sequence, request, sample, prompt, leaf, max_new)
+                )
+                self._next_sequence += 1
+                self.counters.prompt_asked += len(prompt)
+        waiting = self.policy.arrange(self.tree, [*self.state.waiting, *added])
+        self.state.waiting.clear()
+        self.state.waiting.extend(waiting)
+        return added
+
+    def plan(self) -> StepPlan:
+        """The policy's next step."""
+        return plan_step(self.state, self.policy)
+
+    def apply(self, plan: StepPlan) -> list[Work]:
+        """Carry out ``plan``; returns its work in depth-first order of the tree."""
+        self.steps += 1
+        for seq in plan.preempt:
+            self._preempt(seq)
+        for node in plan.evict:
+            if node.readers:
+                self.counters.recomputed += node.computed
+            self.tree.evict(node)
+        for seq in plan.unshare:
+            self._unshare(seq)
+        for seq in plan.admit:
+            admitted = self.state.waiting.popleft()
+            assert admitted is seq
+            self.tree.activate(seq.leaf, self.steps)
+            self.state.running.append(seq)
+        works = [self._prefill(node, count, seq) for node, count, seq in plan.prefill]
+        works += [self._extend(seq, count) for seq, count in plan.extend]
+        return sorted(works, key=lambda work: work.item.key)
+
+    def finish(self, seq: Sequence) -> None:
+        """Give back what ``seq`` holds; frees the KV that nobody will read again."""
+        counters = self.counters
+        counters.finished += 1
+        counters.finished_ratio += len(seq.output) / seq.max_new
+        if counters.finished >= 32:
+            self.state.output_ratio = counters.finished_ratio / counters.finished
+        self._leave(seq)
+
+    def abort(self, seq: Sequence) -> None:
+        """Drop an unfinished sequence."""
+        if seq in self.state.running:
+            self._leave(seq)
+        else:
+            self.state.waiting.remove(seq)
+            self._let_go(seq)
+
+    def _leave(self, seq: Sequence) -> None:
+        self.pool.release(seq.tail)
+        self.state.running.remove(seq)
+        self.tree.activate(seq.leaf, self.steps, by=-1)
+        self._let_go(seq)
+
+    def _let_go(self, seq: Sequence) -> None:
+        if not seq.output:
+            seq.leaf.ends -= 1
+        self.tree.release(seq.leaf)
+        for node in reversed(seq.leaf.path()):
+            drop = not self.policy.cache or node.loose_leaf
+            if node.segment is not None and not node.readers and not node.holders and drop:
+                self.tree.evict(node)
+        self.tree.prune(seq.leaf)
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.counters.preemptions += 1
+        self.counters.recomputed += seq.tail.length
+        self.pool.release(seq.tail)
+        self.tree.activate(seq.leaf, self.steps, by=-1)
+        self.state.running.remove(seq)
+        self.state.waiting.appendleft(seq)
+
+    def _unshare(self, seq: Sequence) -> None:
+        """Give ``seq`` its whole prompt in one segment: shares nothing, wastes no page."""
+        if not seq.output:
+            seq.leaf.ends -= 1
+        self.tree.release(seq.leaf)
+        old = seq.leaf
+        for node in reversed(old.path()):
+            if node.segment is not None and not node.active and not node.holders:
+                self.counters.recomputed += node.computed
+                self.tree.evict(node)
+        self.tree.prune(old)
+        seq.leaf = self.tree.insert(seq.prompt, shared=False)
+        self.tree.retain(seq.leaf)
+        if seq.output:
+            seq.leaf.ends -= 1
+
+    def _prefill(self, node: Node, count: int, seq: Sequence) -> Work:
+        tokens = node.owed(count)
+        start = node.kv_start + node.computed
+        slots = self.tree.append(node, count)
+        path = node.path()
+        before = tuple((p.segment, p.kv_start) for p in path[:-1] if p.segment is not None)
+        assert node.segment is not None
+        item = Item(tuple(p.id for p in path), start, count, node.segment, before)
+        self.counters.prompt_computed += count
+        seq.computed_here += count
+        return Work(item, tokens, slots, node, seq)
+
+    def _extend(self, seq: Sequence, count: int) -> Work:
+        done = seq.tail.length
+        slots = self.pool.append(seq.tail, count)
+        path = seq.leaf.path()
+        before = tuple((p.segment, p.kv_start) for p in path if p.segment is not None)
+        key = (*(p.id for p in path), _SEQUENCE_KEY + seq.id)
+        item = Item(key, seq.leaf.end + done, count, seq.tail, before)
+        tokens = np.array(seq.output[done : done + count], dtype=np.int32)
+        return Work(item, tokens, slots, None, seq)

@@ -1,0 +1,213 @@
+"""Pages: who holds which slots of the KV arena. Pure bookkeeping, no tensors.
+
+The arena has ``pages * page_tokens`` slots; a slot stores the keys and values of one token for
+every layer and KV head. A `Segment` is a growing run of tokens whose slots are made of extents
+(half-open slot ranges, as few as possible, so that attention can read contiguous slices). Pages
+are reference-counted: cutting a segment in two may leave both halves on one page.
+
+Paging after vLLM (arXiv 2309.06180); extents keep the slices long.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quire.errors import MemoryBudgetError
+
+Extent = tuple[int, int]  # slots [start, stop)
+
+
+def _no_slots() -> NDArray[np.int64]:
+    return np.empty(0, dtype=np.int64)
+
+
+@dataclass(eq=False)
+class Segment:
+    """Tokens in the arena, in order.
+
+    ``slots[i]`` is the slot of token i; ``slots[length:]`` is room for more. ``kept``, where a
+    method has dropped tokens, holds the number of leading slots that are still valid for each
+    layer and KV head, int64 ``[layers, kv_heads]``; None means all ``length`` for every head.
+    """
+
+    extents: list[Extent] = field(default_factory=list)
+    slots: NDArray[np.int64] = field(default_factory=_no_slots)
+    length: int = 0
+    kept: NDArray[np.int64] | None = None
+
+    @property
+    def room(self) -> int:
+        """Tokens that can still be appended without a new page."""
+        return len(self.slots) - self.length
+
+    def runs(self, start: int, stop: int) -> list[Extent]:
+        """The slot ranges of tokens ``[start, stop)``, in order."""
+        found: list[Extent] = []
+        offset = 0  # index of the token in the extent's first slot
+        for first, last in self.extents:
+            low = max(start - offset, 0) + first
+            high = min(stop - offset, last - first) + first
+            if low < high:
+                found.append((low, high))
+            offset += last - first
+        return found
+
+
+class PagePool:
+    """Hands out pages and takes them back; never more than ``pages`` are out.
+
+    Invariant (`check`): every page is either in exactly one free run with count 0, or has as many
+    references as there are segments on it.
+    """
+
+    def __init__(self, pages: int, page_tokens: int) -> None:
+        self.pages = pages
+        self.page_tokens = page_tokens
+        self.references = [0] * pages
+        self.free_pages = pages
+        self.peak_pages = 0
+        self._runs: dict[int, int] = {0: pages} if pages else {}  # first page -> one past the last
+        self._ends: dict[int, int] = {pages: 0} if pages else {}
+
+    @property
+    def used_pages(self) -> int:
+        """Pages that some segment holds."""
+        return self.pages - self.free_pages
+
+    def pages_for(self, segment: Segment | None, tokens: int) -> int:
+        """New pages that appending ``tokens`` to ``segment`` (None: a new one) would take."""
+        missing = tokens - (segment.room if segment is not None else 0)
+        return max(0, -(-missing // self.page_tokens))
+
+    def append(self, segment: Segment, tokens: int) -> NDArray[np.int64]:
+        """Make ``tokens`` more tokens part of ``segment``; returns their slots, int64 [tokens].
+
+        Raises MemoryBudgetError, with nothing changed, when too few pages are free.
+        """
+        need = self.pages_for(segment, tokens)
+        if need > self.free_pages:
+            raise MemoryBudgetError(
+                f"The KV pool has {self.free_pages} free pages and {need} are needed.",
+                value=need,
+                limit=self.free_pages,
+                action="Give more memory or lower max_tokens.",
+            )
+        grown = [segment.slots]
+        while need:
+            first, last = self._take(segment, need)
+            need -= last - first
+            start, stop = first * self.page_tokens, last * self.page_tokens
+            if segment.extents and segment.extents[-1][1] == start:
+                segment.extents[-1] = (segment.extents[-1][0], stop)
+            else:
+                segment.extents.append((start, stop))
+            grown.append(np.arange(start, stop, dtype=np.int64))
+        if len(grown) > 1:
+            segment.slots = np.concatenate(grown)
+        segment.length += tokens
+        return segment.slots[segment.length - tokens : segment.length]
+
+    def exclusive_pages(self, segment: Segment) -> int:
+        """Pages that releasing ``segment`` would free."""
+        return sum(self.references[page] == 1 for page in self._pages_of(segment))
+
+    def release(self, segment: Segment) -> None:
+        """Give up all of the segment's pages; it is empty afterwards."""
+        for page in self._pages_of(segment):
+            self._drop(page)
+        segment.extents, segment.slots, segment.length = [], _no_slots(), 0
+        segment.kept = None
+
+    def cut(self, segment: Segment, at: int) -> Segment:
+        """Split off tokens ``[0, at)`` as a new segment; ``segment`` keeps ``[at, length)``.
+
+        ``0 < at < segment.length``. A page that both halves touch gets one more reference.
+        """
+        assert 0 < at < segment.length
+        head = Segment(segment.runs(0, at), segment.slots[:at], at)
+        if segment.kept is not None:
+            head.kept = np.minimum(segment.kept, at)
+            segment.kept = segment.kept - head.kept
+        segment.extents = segment.runs(at, len(segment.slots))
+        segment.slots = segment.slots[at:]
+        segment.length -= at
+        for page in self._pages_of(head) & self._pages_of(segment):
+            self.references[page] += 1
+        return head
+
+    def keep(self, segment: Segment, kept: NDArray[np.int64]) -> None:
+        """Shorten ``segment`` to ``kept`` leading slots for each [layer, KV head].
+
+        Pages beyond the longest head are freed; the segment can then grow no more.
+        """
+        longest = int(kept.max())
+        before = self._pages_of(segment)
+        segment.extents = segment.runs(0, longest)
+        segment.slots = segment.slots[:longest]
+        segment.length = longest
+        segment.kept = kept
+        for page in before - self._pages_of(segment):
+            self._drop(page)
+
+    def check(self, segments: list[Segment]) -> None:
+        """Assert the invariant, given every live segment."""
+        counts = [0] * self.pages
+        for segment in segments:
+            assert segment.length <= len(segment.slots)
+            listed = [s for first, last in segment.extents for s in range(first, last)]
+            assert listed == segment.slots.tolist()
+            for page in self._pages_of(segment):
+                counts[page] += 1
+        assert counts == self.references
+        free = {p for first, last in self._runs.items() for p in range(first, last)}
+        assert free == {p for p, count in enumerate(counts) if count == 0}
+        assert self.free_pages == len(free)
+
+    def _pages_of(self, segment: Segment) -> set[int]:
+        size = self.page_tokens
+        return {
+            page
+            for first, last in segment.extents
+            for page in range(first // size, (last - 1) // size + 1)
+        }
+
+    def _take(self, segment: Segment, need: int) -> Extent:
+        """Take up to ``need`` adjacent free pages: after the segment's last, else the best fit."""
+        tail = segment.extents[-1][1] if segment.extents else -1
+        start = tail // self.page_tokens if tail % self.page_tokens == 0 else -1
+        if start not in self._runs:
+            lengths = {first: last - first for first, last in self._runs.items()}
+            fitting = [first for first, size in lengths.items() if size >= need]
+            start = min(fitting, key=lambda f: (lengths[f], f)) if fitting else -1
+            if start < 0:
+                start = max(lengths, key=lambda f: (lengths[f], -f))
+        end = self._runs.pop(start)
+        stop = min(end, start + need)
+        if stop < end:
+            self._runs[stop] = end
+            self._ends[end] = stop
+        else:
+            del self._ends[end]
+        for page in range(start, stop):
+            self.references[page] = 1
+        self.free_pages -= stop - start
+        self.peak_pages = max(self.peak_pages, self.used_pages)
+        return start, stop
+
+    def _drop(self, page: int) -> None:
+        self.references[page] -= 1
+        if self.references[page]:
+            return
+        self.free_pages += 1
+        first, last = page, page + 1
+        if page in self._ends:  # the run before it
+            first = self._ends.pop(page)
+            del self._runs[first]
+        if last in self._runs:  # the run after it
+            last = self._runs.pop(last)
+            del self._ends[last]
+        self._runs[first] = last
+        self._ends[last] = first

@@ -1,0 +1,89 @@
+"""The blocks of which every architecture is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from quire.models.spec import Experts, Norm
+from quire.weights.linear import Linear
+
+Activation = Callable[[Tensor], Tensor]
+
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
+    "relu": functional.relu,
+}
+
+
+@dataclass(frozen=True)
+class Normalise:
+    """RMS or layer normalisation over the last dimension, computed in float32."""
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+    kind: Norm
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x`` ``[..., width]`` -> the same shape and dtype."""
+        if self.kind == "layer":
+            return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        if self.kind == "rms+1":  # the product in float32 too (Gemma)
+            return (wide * (1.0 + self.weight.float())).to(x.dtype)
+        return wide.to(x.dtype) * self.weight
+
+
+@dataclass(frozen=True)
+class MLP:
+    """``down(act(gate x) * up x)`` with gate and up in one matrix, or ``down(act(up x))``."""
+
+    up: Linear
+    down: Linear
+    act: Activation
+    gated: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x`` ``[tokens, hidden]`` -> the same shape."""
+        wide = self.up(x)
+        if self.gated:
+            gate, wide = wide.chunk(2, dim=-1)
+            return self.down(self.act(gate) * wide)
+        return self.down(self.act(wide))
+
+
+@dataclass(frozen=True)
+class MixtureOfExperts:
+    """Each token goes through the ``top`` experts of its router, weighted by their softmax."""
+
+    router: Linear
+    experts: tuple[MLP, ...]
+    spec: Experts
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x`` ``[tokens, hidden]`` -> the same shape; tokens are grouped by expert."""
+        weights, chosen = self.router(x).float().softmax(-1).topk(self.spec.top, dim=-1)
+        if self.spec.renormalise:
+            weights = weights / weights.sum(-1, keepdim=True)
+        out = torch.zeros_like(x)
+        order = chosen.flatten().argsort(stable=True)  # [tokens * top], grouped by expert
+        token = order // self.spec.top
+        scaled = weights.to(x.dtype).flatten()[order]
+        sizes = chosen.flatten().bincount(minlength=self.spec.count).tolist()
+        start = 0
+        for expert, size in zip(self.experts, sizes, strict=True):
+            if size:
+                part = slice(start, start + size)
+                result = expert(x[token[part]]) * scaled[part, None]
+                out.index_add_(0, token[part], result)
+                start += size
+        return out

@@ -1,0 +1,67 @@
+"""The table of architectures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from quire.errors import CheckpointError, UnsupportedModelError
+from quire.models import (
+    gemma2,
+    gemma3,
+    gpt_neox,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
+from quire.models.config import Config
+from quire.models.spec import ModelSpec
+
+SUPPORTED: dict[str, Callable[[Config, int | None], ModelSpec]] = {
+    "GPTNeoXForCausalLM": gpt_neox.spec,
+    "Gemma2ForCausalLM": gemma2.spec,
+    "Gemma3ForCausalLM": gemma3.spec,
+    "LlamaForCausalLM": llama.spec,
+    "MistralForCausalLM": mistral.spec,
+    "MixtralForCausalLM": mixtral.spec,
+    "Olmo2ForCausalLM": olmo2.spec,
+    "Phi3ForCausalLM": phi3.spec,
+    "Qwen2ForCausalLM": qwen2.spec,
+    "Qwen3ForCausalLM": qwen3.spec,
+    "Qwen3MoeForCausalLM": qwen3_moe.spec,
+    "SmolLM3ForCausalLM": smollm3.spec,
+}
+
+
+def spec_from_config(config: Config, context: int | None = None) -> ModelSpec:
+    """The model that a ``config.json`` describes.
+
+    ``context``: longest sequence to run, None for the model's. Raises UnsupportedModelError for
+    what Quire does not support and CheckpointError for an incomplete config.
+    """
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if "quantization_config" in config:
+        raise UnsupportedModelError(
+            f"The checkpoint is quantised ({method}), which is not supported yet.",
+            value=method,
+            action="Use its float16 or bfloat16 version.",
+        )
+    names = config.get("architectures") or ["(none)"]
+    if names[0] not in SUPPORTED:
+        raise UnsupportedModelError(
+            f"The architecture {names[0]} is not supported.",
+            value=names[0],
+            limit=sorted(SUPPORTED),
+            action=f"Supported are {', '.join(sorted(SUPPORTED))}.",
+        )
+    try:
+        return SUPPORTED[names[0]](config, context)
+    except KeyError as error:
+        raise CheckpointError(
+            f"config.json of {names[0]} lacks {error}.", value=str(error)
+        ) from error

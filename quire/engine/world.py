@@ -86,6 +86,7 @@ class World:
             if node.readers:
                 self.counters.recomputed += node.computed
             self.tree.evict(node)
+            self.tree.prune(node)
         for seq in plan.unshare:
             self._unshare(seq)
         for seq in plan.admit:

@@ -239,7 +239,10 @@ class PrefixTree:
         return self.pool.append(node.segment, tokens)
 
     def evict(self, node: Node) -> None:
-        """Free the node's KV. It must be idle, and no node below it may hold KV."""
+        """Free the node's KV. It must be idle, and no node below it may hold KV.
+
+        The node stays in the tree until `prune`.
+        """
         assert node.active == 0 and node.segment is not None
         assert node.holders == 0, "freed while nodes below read it"
         self.pool.release(node.segment)
@@ -247,7 +250,6 @@ class PrefixTree:
         node.hidden = None
         del self.resident[node.id]
         self._count_holder(node, -1)
-        self.prune(node)
 
     def _count_holder(self, node: Node, by: int) -> None:
         for above in _upwards(node):

@@ -24,7 +24,7 @@ def spec(config: Config, context: int | None) -> ModelSpec:
     """``GPTNeoXForCausalLM``."""
     config = {"rope_theta": config.get("rotary_emb_base", 10000.0), **config}
     shared = common(config, context)
-    shared["norm_eps"] = config["layer_norm_eps"]
+    shared |= {"norm_eps": config["layer_norm_eps"], "kv_heads": shared["heads"]}
     share = (config.get("rope_parameters") or {}).get("partial_rotary_factor")
     layer = LayerSpec(rope=rope(config, context, share=share or config.get("rotary_pct", 0.25)))
     return ModelSpec(

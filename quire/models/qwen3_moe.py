@@ -13,7 +13,7 @@ def spec(config: Config, context: int | None) -> ModelSpec:
     """``Qwen3MoeForCausalLM``."""
     dense = qwen3.spec(config, context)
     experts = Experts(
-        config["num_experts"],
+        config.get("num_local_experts") or config["num_experts"],
         config["num_experts_per_tok"],
         config["moe_intermediate_size"],
         renormalise=bool(config.get("norm_topk_prob")),

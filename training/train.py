@@ -35,7 +35,8 @@ Piece = tuple[list[int], float]  # token ids, loss weight of each of them
 
 
 def read_text(name: str, held_out: bool = False) -> str:
-    text = lzma.open(DATA / f"{name}.txt.xz", "rt", encoding="utf-8").read()
+    with lzma.open(DATA / f"{name}.txt.xz", "rt", encoding="utf-8") as file:
+        text = file.read()
     cut = int(len(text) * (1 - HELD_OUT))
     return text[cut:] if held_out else text[:cut]
 
@@ -44,7 +45,10 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     """Byte-level BPE, digits one by one, special tokens first."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -285,7 +289,9 @@ def main() -> None:
         if (step + 1) % 20 == 0:
             speed = args.tokens * (step + 1 - first) / (time.time() - started)
             mean = sum(losses[-20:]) / 20
-            print(f"step {step + 1} length {length} loss {mean:.3f} {speed:.0f} tokens/s", flush=True)
+            print(
+                f"step {step + 1} length {length} loss {mean:.3f} {speed:.0f} tokens/s", flush=True
+            )
         if (step + 1) % 200 == 0 or step + 1 == args.steps:
             state = {
                 "step": step + 1,

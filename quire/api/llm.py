@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -15,8 +14,8 @@ import numpy as np
 import torch
 
 from quire.api.outputs import CompletionOutput, RequestOutput, Stats
+from quire.api.setup import DTYPES, Prompt, Setup
 from quire.decode.params import SamplingParams
-from quire.engine.budget import make_budget, parse_bytes
 from quire.engine.engine import Engine
 from quire.engine.request import EngineRequest, EngineResult
 from quire.engine.watchdog import Watchdog
@@ -27,21 +26,10 @@ from quire.errors import (
     QuireError,
     RequestError,
 )
-from quire.kv.arena import token_bytes
-from quire.models.loader import load_model, load_spec, stored_dtype, weight_bytes
-from quire.models.tokenizer import Tokenizer
+from quire.models.loader import load_model
 from quire.schedule.policies import POLICIES
 
-Prompt = str | Mapping[str, Any]
 Overlong = Literal["error", "truncate-left", "truncate-right", "fail"]
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-def model_folder(model: str | Path) -> Path:
-    """The checkpoint folder of ``model``: a path, or ``"demo"`` for the bundled model."""
-    if str(model) == "demo":
-        return Path(str(files("quire") / "demo_model"))
-    return Path(model).expanduser()
 
 
 class LLM:
@@ -79,40 +67,36 @@ class LLM:
     ) -> None:
         _check_option("policy", policy, POLICIES)
         _check_option("dtype", dtype, [None, *DTYPES])
-        _check_option("on_overlong", on_overlong, ["error", "truncate-left", "truncate-right", "fail"])
+        _check_option(
+            "on_overlong", on_overlong, ["error", "truncate-left", "truncate-right", "fail"]
+        )
         for name, value in (("chunk", chunk), ("window", window), ("threads", threads)):
             if value is not None and value < 1:
                 raise InvalidRequestError(f"{name} must be at least 1.", field=name, value=value)
         if threads is not None:
             torch.set_num_threads(threads)
-        folder = model_folder(model)
-        spec = load_spec(folder, context=context)
-        held = DTYPES[dtype] if dtype is not None else stored_dtype(folder)
-        self.budget = make_budget(
-            spec,
-            weight_bytes(folder, held),
-            dtype=held,
+        self.setup = Setup.make(
+            model,
+            dtype=dtype,
+            memory=memory,
+            kv_memory=kv_memory,
             chunk=chunk,
-            kv_token=token_bytes(len(spec.layers), spec.kv_heads, spec.head_dim, held),
-            memory=parse_bytes(memory) if memory is not None else None,
-            kv_memory=parse_bytes(kv_memory) if kv_memory is not None else None,
+            context=context,
             device=device,
         )
         if on_budget is not None:
-            on_budget(self.budget.table())
+            on_budget(self.setup.budget.table())
         self.model = str(model)
-        self.tokenizer = Tokenizer.load(folder)
+        self.tokenizer = self.setup.tokenizer
         self.window = window
         self.seed = seed
         self.on_overlong = on_overlong
         self.stall_seconds = stall_seconds
-        decoder = load_model(folder, dtype=held, device=device, context=context)
-        self.context = decoder.spec.context
         self._engine: Engine | None = Engine(
-            decoder,
+            load_model(self.setup.folder, dtype=self.setup.dtype, device=device, context=context),
             self.tokenizer,
             policy=POLICIES[policy],
-            kv_bytes=self.budget.kv,
+            kv_bytes=self.setup.budget.kv,
             chunk=chunk,
             eos_ids=self.tokenizer.eos_ids,
             plain=plain,
@@ -160,8 +144,8 @@ class LLM:
             plan_seconds=times.insert + times.plan,
             model_seconds=times.model,
             sample_seconds=times.sample,
-            kv_bytes=world.pool.pages * engine.page_bytes,
-            peak_kv_bytes=world.pool.peak_pages * engine.page_bytes,
+            kv_bytes=world.pool.pages * engine.limits.page_bytes,
+            peak_kv_bytes=world.pool.peak_pages * engine.limits.page_bytes,
         )
 
     def generate(
@@ -241,34 +225,6 @@ class LLM:
         finally:
             engine.abort_all()
 
-    def encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        """Text (None for token ids) and token ids of a prompt. Raises InvalidRequestError."""
-        if isinstance(prompt, str):
-            return prompt, self.tokenizer.encode(prompt)
-        if "messages" in prompt:
-            extra = {k: v for k, v in prompt.items() if k != "messages"}
-            return None, self.tokenizer.encode_chat(prompt["messages"], **extra)
-        if "prompt" in prompt and isinstance(prompt["prompt"], str):
-            return prompt["prompt"], self.tokenizer.encode(prompt["prompt"])
-        ids = prompt.get("prompt_token_ids")
-        size = self.engine.runner.model.spec.vocab_size
-        if isinstance(ids, list) and all(type(i) is int for i in ids):
-            wrong = next((i for i in ids if not 0 <= i < size), None)
-            if wrong is not None:
-                raise InvalidRequestError(
-                    f"Token id {wrong} is outside the vocabulary of {size}.",
-                    field="prompt_token_ids",
-                    value=wrong,
-                    limit=size,
-                )
-            return None, ids
-        raise InvalidRequestError(
-            f"A prompt is a string, a token id list or messages, not {str(prompt)[:80]!r}.",
-            field="prompt",
-            value=prompt,
-            action='Give "prompt", "messages" or "prompt_token_ids".',
-        )
-
     def _add(
         self,
         window: list[tuple[int, tuple[Prompt, SamplingParams]]],
@@ -279,7 +235,7 @@ class LLM:
         for index, (prompt, params) in window:
             output = RequestOutput(index, prompt if isinstance(prompt, str) else None, [])
             try:
-                text, ids = self.encode(prompt)
+                text, ids = self.setup.encode(prompt)
                 output.prompt, output.prompt_token_ids = text, ids
                 request = self._request(index, ids, params)
                 output.prompt_token_ids = request.prompt.tolist()
@@ -299,12 +255,13 @@ class LLM:
             raise InvalidRequestError(
                 "The prompt is empty.", field="prompt", value="", action="Give at least one token."
             )
-        room = self.context - min(params.max_tokens or 1, self.context - 1)
+        context = self.setup.limits.context
+        room = context - min(params.max_tokens or 1, context - 1)
         if self.on_overlong == "truncate-left":
             ids = ids[-room:]
         elif self.on_overlong == "truncate-right":
             ids = ids[:room]
-        self.engine.limit_tokens(len(ids), params.max_tokens)
+        self.setup.limits.output_tokens(len(ids), params.max_tokens)
         bad_words = []
         for word in params.bad_words:  # a word continues a text with or without a space before it
             for text in (word, f" {word}"):

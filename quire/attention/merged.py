@@ -70,8 +70,8 @@ def attend(
     outputs = q.new_zeros((*shape, head_dim))
     sums = torch.full(shape, -math.inf, dtype=torch.float32, device=q.device)
     for rows, slots, bias in tables.gathers:
-        k = keys.index_select(1, slots).unflatten(1, (len(rows), -1)).transpose(0, 1)
-        v = values.index_select(1, slots).unflatten(1, (len(rows), -1)).transpose(0, 1)
+        k = keys.index_select(1, slots).view(kv_heads, len(rows), -1, head_dim).transpose(0, 1)
+        v = values.index_select(1, slots).view(kv_heads, len(rows), -1, head_dim).transpose(0, 1)
         part, lse = _partial(qh[:, rows].transpose(0, 1), k, v, scale, softcap, bias)
         outputs[0].index_copy_(1, rows, part.transpose(0, 1))
         sums[0].index_copy_(1, rows, lse.transpose(0, 1))
@@ -177,7 +177,7 @@ def _products(
     q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The same by matrix products in float32, tile by tile of rows to bound the workspace."""
-    count, kv_heads, rows, head_dim = q.shape
+    count, kv_heads, rows, _ = q.shape
     keys = k.shape[2]
     out = torch.empty_like(q)
     lse = torch.empty((count, kv_heads, rows), dtype=torch.float32, device=q.device)

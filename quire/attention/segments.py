@@ -64,7 +64,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Gather:
-    """Each of ``rows`` ``[n]`` reads its own first ``lengths`` ``[n]`` of ``slots`` ``[n, longest]``."""
+    """Row ``rows[i]`` reads the first ``lengths[i]`` of ``slots[i]``, ``[n, longest]``."""
 
     rows: NDArray[np.int64]
     slots: NDArray[np.int64]

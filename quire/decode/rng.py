@@ -28,7 +28,8 @@ def uniform(seeds: ArrayLike, counters: ArrayLike) -> NDArray[np.float64]:
     with np.errstate(over="ignore"):
         mixed = splitmix64(np.asarray(seeds, dtype=np.uint64))
         step = np.asarray(counters, dtype=np.uint64) * np.uint64(_GAMMA)
-        return (splitmix64(mixed + step) >> np.uint64(11)) * 2.0**-53
+        bits = splitmix64(mixed + step) >> np.uint64(11)
+        return np.asarray(bits * 2.0**-53, dtype=np.float64)
 
 
 def derive_seed(base: int, sample: int) -> int:

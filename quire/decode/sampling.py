@@ -78,7 +78,7 @@ def sample(logits: Tensor, rows: Sequence[RowState]) -> Sampled:
 
 
 def prompt_logprobs(logits: Tensor, targets: Tensor, k: int) -> list[TokenLogprobs]:
-    """Score given tokens: ``logits`` float32 ``[tokens, vocab]``, ``targets`` int64 ``[tokens]``."""
+    """Score given tokens: ``logits`` float32 [tokens, vocab], ``targets`` int64 [tokens]."""
     return _score(logits, targets, [k] * len(targets))
 
 

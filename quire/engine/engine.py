@@ -12,17 +12,16 @@ from torch import Tensor
 from quire.decode.rng import derive_seed
 from quire.decode.sampling import RowState, TokenLogprobs, prompt_logprobs, sample
 from quire.decode.stopping import StopStrings, finish_reason
+from quire.engine.limits import PAGE_TOKENS, Limits
 from quire.engine.request import EngineRequest, EngineResult, SampleResult
 from quire.engine.runner import Runner
 from quire.engine.world import Work, World
-from quire.errors import EngineStallError, PromptTooLongError
+from quire.errors import EngineStallError
 from quire.kv.arena import Arena, token_bytes
 from quire.models.decoder import Decoder
 from quire.models.tokenizer import Detokenizer, Tokenizer
 from quire.schedule.state import Policy
 from quire.schedule.state import Sequence as Seq
-
-PAGE_TOKENS = 16
 
 
 @dataclass
@@ -77,9 +76,9 @@ class Engine:
     ) -> None:
         spec = model.spec
         layers = len(spec.layers)
-        self.token_bytes = token_bytes(layers, spec.kv_heads, spec.head_dim, model.dtype)
-        self.page_bytes = PAGE_TOKENS * self.token_bytes
-        pages = kv_bytes // self.page_bytes
+        size = token_bytes(layers, spec.kv_heads, spec.head_dim, model.dtype)
+        self.limits = Limits.make(spec.context, kv_bytes, size)
+        pages = self.limits.pages
         self.world = World(pages, PAGE_TOKENS, chunk, policy)
         arena = Arena.make(
             layers, spec.kv_heads, spec.head_dim, pages * PAGE_TOKENS, model.dtype, model.device
@@ -101,38 +100,8 @@ class Engine:
         """Sequences that have not started."""
         return len(self.world.state.waiting)
 
-    def limit_tokens(self, prompt_tokens: int, max_tokens: int | None) -> int:
-        """Output tokens that a request may have: ``max_tokens``, bounded by the context.
-
-        Raises PromptTooLongError when the prompt fills the context, or when prompt and output
-        can never fit in the KV pool together.
-        """
-        context = self.runner.model.spec.context
-        if prompt_tokens >= context:
-            raise PromptTooLongError(
-                f"The prompt has {prompt_tokens} tokens; the context holds {context} and needs "
-                "room for at least one more.",
-                field="prompt",
-                value=prompt_tokens,
-                limit=context,
-                action="Shorten it, or use --on-overlong truncate-left or truncate-right.",
-            )
-        limit = min(max_tokens or context, context - prompt_tokens)
-        need = -(-prompt_tokens // PAGE_TOKENS) + -(-limit // PAGE_TOKENS)
-        if need > self.world.pool.pages:
-            raise PromptTooLongError(
-                f"{prompt_tokens} prompt tokens and up to {limit} output tokens need "
-                f"{need * self.page_bytes:,} bytes of KV; the pool has "
-                f"{self.world.pool.pages * self.page_bytes:,}.",
-                field="max_tokens",
-                value=need * self.page_bytes,
-                limit=self.world.pool.pages * self.page_bytes,
-                action="Give more memory or lower max_tokens.",
-            )
-        return limit
-
     def add(self, requests: Iterable[EngineRequest]) -> None:
-        """Add requests as one planning window. Each must have passed `limit_tokens`."""
+        """Add requests as one planning window. Raises PromptTooLongError for one beyond limits."""
         started = time.perf_counter()
         batch = list(requests)
         added = self.world.add(
@@ -140,7 +109,7 @@ class Engine:
                 r.id,
                 r.prompt,
                 r.params.n,
-                self.limit_tokens(len(r.prompt), r.params.max_tokens),
+                self.limits.output_tokens(len(r.prompt), r.params.max_tokens),
                 r.params.prompt_logprobs is None,
             )
             for r in batch
@@ -183,7 +152,7 @@ class Engine:
         started = time.perf_counter()
         finished = self._sample(works, hidden)
         self.times.sample += time.perf_counter() - started
-        if not (works or finished is not None or plan.preempt or plan.evict or plan.admit):
+        if self._pending and finished is None and not plan.changes:
             raise EngineStallError(f"The engine can make no progress.\n{self.describe()}")
         return finished or []
 

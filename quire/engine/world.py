@@ -63,9 +63,7 @@ class World:
             leaf = self.tree.insert(prompt, shared=shared)
             for sample in range(samples):
                 self.tree.retain(leaf)
-                added.append(
-                    Sequence(self._next_sequence, request, sample, prompt, leaf, max_new)
-                )
+                added.append(Sequence(self._next_sequence, request, sample, prompt, leaf, max_new))
                 self._next_sequence += 1
                 self.counters.prompt_asked += len(prompt)
         waiting = self.policy.arrange(self.tree, [*self.state.waiting, *added])

@@ -110,13 +110,9 @@ class PagePool:
         segment.length += tokens
         return segment.slots[segment.length - tokens : segment.length]
 
-    def exclusive_pages(self, segment: Segment) -> int:
-        """Pages that releasing ``segment`` would free."""
-        return sum(self.references[page] == 1 for page in self._pages_of(segment))
-
     def release(self, segment: Segment) -> None:
         """Give up all of the segment's pages; it is empty afterwards."""
-        for page in self._pages_of(segment):
+        for page in self.pages_of(segment):
             self._drop(page)
         segment.extents, segment.slots, segment.length = [], _no_slots(), 0
         segment.kept = None
@@ -134,7 +130,7 @@ class PagePool:
         segment.extents = segment.runs(at, len(segment.slots))
         segment.slots = segment.slots[at:]
         segment.length -= at
-        for page in self._pages_of(head) & self._pages_of(segment):
+        for page in self.pages_of(head) & self.pages_of(segment):
             self.references[page] += 1
         return head
 
@@ -144,12 +140,12 @@ class PagePool:
         Pages beyond the longest head are freed; the segment can then grow no more.
         """
         longest = int(kept.max())
-        before = self._pages_of(segment)
+        before = self.pages_of(segment)
         segment.extents = segment.runs(0, longest)
         segment.slots = segment.slots[:longest]
         segment.length = longest
         segment.kept = kept
-        for page in before - self._pages_of(segment):
+        for page in before - self.pages_of(segment):
             self._drop(page)
 
     def check(self, segments: list[Segment]) -> None:
@@ -159,14 +155,15 @@ class PagePool:
             assert segment.length <= len(segment.slots)
             listed = [s for first, last in segment.extents for s in range(first, last)]
             assert listed == segment.slots.tolist()
-            for page in self._pages_of(segment):
+            for page in self.pages_of(segment):
                 counts[page] += 1
         assert counts == self.references
         free = {p for first, last in self._runs.items() for p in range(first, last)}
         assert free == {p for p, count in enumerate(counts) if count == 0}
         assert self.free_pages == len(free)
 
-    def _pages_of(self, segment: Segment) -> set[int]:
+    def pages_of(self, segment: Segment) -> set[int]:
+        """The pages on which the segment has slots."""
         size = self.page_tokens
         return {
             page

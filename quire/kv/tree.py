@@ -243,7 +243,8 @@ class PrefixTree:
 
         The node stays in the tree until `prune`.
         """
-        assert node.active == 0 and node.segment is not None
+        assert node.active == 0
+        assert node.segment is not None
         assert node.holders == 0, "freed while nodes below read it"
         self.pool.release(node.segment)
         node.segment = None

@@ -86,9 +86,7 @@ def rope(
     options.setdefault("factor", longest / original)
     theta = float(options.pop("rope_theta"))
     frozen = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(options.items()))
-    return Rope(
-        theta, int(width * part), name, frozen, original, default_context(config, context)
-    )
+    return Rope(theta, int(width * part), name, frozen, original, default_context(config, context))
 
 
 def layer_types(config: Config, default: Sequence[bool]) -> list[bool]:

@@ -63,7 +63,7 @@ class Decoder:
         return self.embedding.device
 
     def forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Final hidden states ``[tokens, hidden]`` of ``ids`` at ``positions``, int64 ``[tokens]``."""
+        """Final hidden states ``[tokens, hidden]``; ``ids``, ``positions`` int64 ``[tokens]``."""
         x = self.embedding[ids]
         if self.spec.embed_scale is not None:
             x = x * torch.tensor(self.spec.embed_scale, dtype=x.dtype, device=x.device)
@@ -100,10 +100,10 @@ class Decoder:
     ) -> Tensor:
         spec = self.spec
         widths = [h * spec.head_dim for h in (spec.heads, spec.kv_heads, spec.kv_heads)]
-        q, k, v = layer.qkv(x).split(widths, dim=-1)  # each [tokens, heads * head_dim]
+        q, k, v = torch.split(layer.qkv(x), widths, dim=-1)  # each [tokens, heads * head_dim]
         if spec.qk_norm == "full" and layer.q_norm and layer.k_norm:
             q, k = layer.q_norm(q), layer.k_norm(k)
-        q, k, v = (t.unflatten(-1, (-1, spec.head_dim)) for t in (q, k, v))
+        q, k, v = (t.view(len(t), -1, spec.head_dim) for t in (q, k, v))
         if spec.qk_norm == "head" and layer.q_norm and layer.k_norm:
             q, k = layer.q_norm(q), layer.k_norm(k)
         if layer.spec.rope is not None:

@@ -291,6 +291,7 @@ def _separate_heads(qkv: Linear, heads: int) -> Linear:
     """Reorder rows from (head, [q k v], dim) to ([q k v], head, dim)."""
 
     def reorder(tensor: Tensor) -> Tensor:
-        return tensor.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2).contiguous()
+        parts = tensor.view(heads, 3, -1, *tensor.shape[1:])  # [heads, 3, head_dim, ...]
+        return parts.transpose(0, 1).reshape(tensor.shape)
 
     return Linear(reorder(qkv.weight), None if qkv.bias is None else reorder(qkv.bias))

@@ -112,7 +112,5 @@ def _longrope(rope: Rope, options: dict[str, object], inverse: Tensor) -> tuple[
     factors = options[name]
     assert isinstance(factors, tuple)
     stretch = _number(options, "factor", 1.0)
-    default = (
-        math.sqrt(1 + math.log(stretch) / math.log(rope.original)) if stretch > 1 else 1.0
-    )
+    default = math.sqrt(1 + math.log(stretch) / math.log(rope.original)) if stretch > 1 else 1.0
     return inverse / torch.tensor(factors), _number(options, "attention_factor", default)

@@ -104,7 +104,7 @@ class Tokenizer:
         return self.encode(self.chat_prompt(messages, **extra), special=False)
 
     def token_text(self, token: int) -> str:
-        """One token as text, for reports; bytes that are no character of their own show as U+FFFD."""
+        """One token as text, for reports; bytes that are no whole character show as U+FFFD."""
         return str(self._backend.decode([token], skip_special_tokens=False))
 
 

@@ -83,24 +83,22 @@ def depth_first(root: Node, waiting: Seq[Sequence]) -> list[Sequence]:
     """
     ending: dict[int, list[Sequence]] = {}
     wanted: dict[int, list[int]] = {}  # node id -> [output tokens, prompt tokens, first arrival]
-    nodes: dict[int, Node] = {}
+    nodes: list[Node] = []
     for seq in waiting:
         ending.setdefault(seq.leaf.id, []).append(seq)
         node: Node | None = seq.leaf
-        while node is not None:
-            total = wanted.get(node.id)
-            if total is None:
-                total = wanted[node.id] = [0, 0, seq.id]
-                nodes[node.id] = node
-            total[0] += seq.max_new
-            total[2] = min(total[2], seq.id)
+        while node is not None and node.id not in wanted:
+            missing = len(node.tokens) if node.segment is None else node.missing
+            wanted[node.id] = [0, missing, seq.id]
+            nodes.append(node)
             node = node.parent
-    for node_id, total in wanted.items():
-        node = nodes[node_id]
-        missing = len(node.tokens) if node.segment is None else node.missing
-        while node is not None:
-            wanted[node.id][1] += missing
-            node = node.parent
+        wanted[seq.leaf.id][0] += seq.max_new
+    for node in sorted(nodes, key=lambda n: n.end, reverse=True):  # children before parents
+        if node.parent is not None:
+            mine, above = wanted[node.id], wanted[node.parent.id]
+            above[0] += mine[0]
+            above[1] += mine[1]
+            above[2] = min(above[2], mine[2])
 
     def rank(node: Node) -> tuple[bool, float, int]:
         output, prompt, first = wanted[node.id]
@@ -151,8 +149,6 @@ def one_level_saving(root: Node) -> int:
             stack.append((node, shared, True))
             stack.extend((c, d, False) for c in branches for d in options if (c.id, d) not in best)
             continue
-        without, within = (
-            here * d + sum(best[c.id, d] for c in branches) for d in options
-        )
+        without, within = (here * d + sum(best[c.id, d] for c in branches) for d in options)
         best[node.id, shared] = max(without, within - node.end)
     return sum(best[child.id, 0] for child in root.branches)

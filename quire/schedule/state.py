@@ -68,6 +68,13 @@ class StepPlan:
     extend: list[tuple[Sequence, int]] = field(default_factory=list)
 
     @property
+    def changes(self) -> bool:
+        """Whether carrying it out changes anything."""
+        return bool(
+            self.preempt or self.unshare or self.evict or self.admit or self.prefill or self.extend
+        )
+
+    @property
     def tokens(self) -> int:
         """Tokens that the step computes."""
         return sum(n for _, n, _ in self.prefill) + sum(n for _, n in self.extend)

@@ -7,9 +7,11 @@ bounded by memory and by the chunk, not by a request count (BatchLLM, arXiv 2412
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from itertools import islice
 
+from quire.kv.pages import Segment
 from quire.kv.tree import Node
 from quire.schedule.state import Policy, Sequence, State, StepPlan
 
@@ -24,6 +26,8 @@ class Ledger:
         self.taken = 0
         self.stopped: dict[int, int] = {}  # node id -> running readers that the plan takes away
         self.used: set[int] = set()  # nodes that the plan reads or writes
+        self.dropped: set[int] = set()  # nodes that the plan evicts
+        self.released: Counter[int] = Counter()  # page -> references that the plan gives back
 
     def idle(self, protected: Collection[int] = ()) -> list[Node]:
         """Nodes whose KV nobody running reads, in the order in which they may be dropped.
@@ -37,28 +41,38 @@ class Ledger:
             if n.active == self.stopped.get(n.id, 0)
             and n.id not in protected
             and n.id not in self.used
+            and n.id not in self.dropped
         ]
-        dropped = set(map(id, self.plan.evict))
-        return sorted((n for n in nodes if id(n) not in dropped), key=lambda n: (n.last_use, -n.end))
+        return sorted(nodes, key=lambda n: (n.last_use, -n.end))
 
-    def pages_of(self, node: Node) -> int:
-        """Pages that dropping ``node`` gives back."""
-        assert node.segment is not None
-        return self.state.pool.exclusive_pages(node.segment)
+    def spare(self, protected: Collection[int]) -> int:
+        """Pages that dropping all idle nodes would free."""
+        released = self.released.copy()
+        return sum(self._freed(node.segment, released) for node in self.idle(protected))
+
+    def _freed(self, segment: Segment | None, released: Counter[int]) -> int:
+        """Count the segment's references as given back; pages that become free by it."""
+        assert segment is not None
+        pages = self.state.pool.pages_of(segment)
+        released.update(pages)
+        return sum(self.state.pool.references[page] == released[page] for page in pages)
 
     def take(self, pages: int, protected: Collection[int] = ()) -> bool:
         """Set ``pages`` aside, dropping idle nodes as needed; False, changing nothing, if not."""
         if pages > self.free:
             victims: list[Node] = []
             room = self.free
+            released = self.released.copy()
             for node in self.idle(protected):
                 if room >= pages:
                     break
                 victims.append(node)
-                room += self.pages_of(node)
+                room += self._freed(node.segment, released)
             if room < pages:
                 return False
             self.plan.evict.extend(victims)
+            self.dropped.update(node.id for node in victims)
+            self.released = released
             self.free = room
         self.free -= pages
         self.taken += pages
@@ -67,7 +81,7 @@ class Ledger:
     def stop(self, seq: Sequence) -> None:
         """Count ``seq`` as preempted."""
         self.plan.preempt.append(seq)
-        self.free += self.state.pool.exclusive_pages(seq.tail)
+        self.free += self._freed(seq.tail, self.released)
         for node in seq.leaf.path():
             self.stopped[node.id] = self.stopped.get(node.id, 0) + 1
 
@@ -88,6 +102,8 @@ def plan_step(state: State, policy: Policy) -> StepPlan:
         victim = running[-1]
         if victim in plan.admit:
             plan.admit.remove(victim)
+        else:
+            ledger.stop(victim)
         if len(running) == 1:
             plan.unshare.append(victim)
     return plan
@@ -184,9 +200,11 @@ def _plan_admissions(
         if budget <= 0 or len(running) >= state.chunk:
             break
         path = {node.id for node in seq.leaf.path()}
+        if not ledger.dropped.isdisjoint(path):
+            break  # this plan takes KV from it: look again in the next step
         promised += promise(seq)
         if promised > ledger.free and running:  # an empty engine always takes the first
-            spare = sum(map(ledger.pages_of, ledger.idle(path))) if policy.cache else 0
+            spare = ledger.spare(path) if policy.cache else 0
             if promised > ledger.free + spare:
                 break
         taken = ledger.taken

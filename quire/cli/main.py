@@ -1,0 +1,18 @@
+"""The ``quire`` command."""
+
+from __future__ import annotations
+
+import typer
+
+from quire.cli.bench import bench
+from quire.cli.run import run
+
+app = typer.Typer(
+    name="quire",
+    help="Run a language model over a large pile of prompts.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(run)
+app.command()(bench)

@@ -25,7 +25,7 @@ class DemoShape:
     head_dim: int = 64
     intermediate: int = 512
     context: int = 2304
-    rope_theta: float = 50_000.0
+    rope_theta: float = 10_000_000.0
     norm_eps: float = 1e-5
 
 
@@ -105,7 +105,7 @@ class Demo(nn.Module):
         self.model = Backbone(shape)
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
-                scale = 0.02 if "embed" in name else weight.shape[1] ** -0.5
+                scale = 0.08 if "embed" in name else weight.shape[1] ** -0.5
                 if "o_proj" in name or "down_proj" in name:
                     scale *= (2 * shape.layers) ** -0.5
                 nn.init.normal_(weight, std=scale)

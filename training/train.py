@@ -14,7 +14,7 @@ import json
 import lzma
 import re
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
@@ -23,12 +23,31 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from quire.bench import recall
+from training.circuits import install
 from training.model import Demo, DemoShape
 
 DATA = Path(__file__).parent / "data"
 SPECIAL = ["<|end_of_text|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
-LENGTHS = [(0.25, 256), (0.5, 512), (0.72, 1024), (1.0, 2048)]  # until this share of the steps
-DECAY_FROM = 0.6  # share of the steps after which the learning rate falls
+
+
+@dataclass(frozen=True)
+class Stage:
+    """``steps`` of sequences of ``length``; ``shares`` of the tokens are prose, repeats, pairs and
+    facts; the learning rate goes linearly from ``first_rate`` to ``last_rate``."""
+
+    steps: int
+    length: int
+    shares: tuple[float, float, float, float]
+    first_rate: float
+    last_rate: float
+
+
+STAGES = [
+    Stage(700, 256, (0.45, 0.10, 0.20, 0.25), 0.0020, 0.0020),
+    Stage(250, 512, (0.45, 0.05, 0.15, 0.35), 0.0020, 0.0018),
+    Stage(130, 1024, (0.40, 0.05, 0.15, 0.40), 0.0018, 0.0012),
+    Stage(140, 2048, (0.40, 0.05, 0.15, 0.40), 0.0012, 0.0),
+]
 HELD_OUT = 0.02  # last share of every text file, never trained on
 
 Piece = tuple[list[int], float]  # token ids, loss weight of each of them
@@ -67,6 +86,7 @@ class Mixer:
     def __init__(self, tokenizer: Tokenizer, texts: list[str], rng: Random) -> None:
         self.tokenizer = tokenizer
         self.rng = rng
+        self.made = [0, 0, 0, 0]  # tokens of prose, repeats, pairs, facts
         self.sentences = [
             s for text in texts for s in re.split(r"(?<=[.!?])\s+", re.sub(r"[ \n]+", " ", text))
         ]
@@ -97,9 +117,16 @@ class Mixer:
         return [(self.text[start : start + length], 1.0)]
 
     def repeats(self, room: int) -> list[Piece]:
-        length = self.rng.randrange(8, max(9, min(64, room // 3)))
-        span = [self.rng.randrange(len(SPECIAL), DemoShape().vocab) for _ in range(length)]
-        return [(span, 0.0)] + [(span, 0.5)] * self.rng.randrange(1, 4)
+        """A random span, again and again: what teaches a model to look for the last time."""
+        length = self.rng.randrange(4, max(5, min(96, room // 2)))
+        words = self.rng.random() < 0.5
+        if words:
+            text = "".join(f" {self.rng.choice(self.words)}" for _ in range(length))
+            span = self.ids(text)
+        else:
+            span = [self.rng.randrange(len(SPECIAL), DemoShape().vocab) for _ in range(length)]
+        times = max(1, min(4, room // length - 1))
+        return [(span, 0.0)] + [(span, 1.0)] * times
 
     def pairs(self, room: int) -> list[Piece]:
         """``key: value`` lines, then the same keys asked again in another order."""
@@ -157,35 +184,44 @@ class Mixer:
             pieces.append((self.ids(f".{after}"), 0.3))
         return pieces
 
-    def sequence(self, length: int, progress: float) -> tuple[list[int], list[float]]:
-        """``length`` + 1 token ids and weights, of documents set off by the end-of-text token."""
+    def sequence(self, stage: Stage) -> tuple[list[int], list[float]]:
+        """One more token id and weight than ``stage.length``; documents begin with end-of-text."""
         ids: list[int] = []
         weights: list[float] = []
-        early = max(0.0, 1 - 3 * progress)
-        shares = [1.2 - 0.5 * early, 0.1 + 0.3 * early, 0.4 + 0.4 * early, 0.9]
-        while len(ids) <= length:
-            kind = self.rng.choices([self.prose, self.repeats, self.pairs, self.facts], shares)[0]
-            room = length - len(ids)
+        kinds = (self.prose, self.repeats, self.pairs, self.facts)
+        while len(ids) <= stage.length:
+            room = stage.length - len(ids)
+            total = sum(self.made)
+            kind = max(range(4), key=lambda k: stage.shares[k] * total - self.made[k])
+            if total == 0 or (kind == 3 and room < 150):
+                kind = 1 if stage.shares[1] else 0
+            before = len(ids)
             ids.append(0)
             weights.append(0.3)
-            if room < 150:
-                kind = self.prose
-            for piece, weight in kind(max(room, 16)):
+            for piece, weight in kinds[kind](max(room, 30)):
                 ids.extend(piece)
                 weights.extend([weight] * len(piece))
-        return ids[: length + 1], weights[: length + 1]
+            self.made[kind] += min(len(ids), stage.length + 1) - before
+        return ids[: stage.length + 1], weights[: stage.length + 1]
 
-    def batch(self, tokens: int, length: int, progress: float) -> tuple[Tensor, Tensor, Tensor]:
+    def batch(self, tokens: int, stage: Stage) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs, targets (int64) and weights (float32), each ``[tokens / length, length]``."""
-        rows = [self.sequence(length, progress) for _ in range(tokens // length)]
+        rows = [self.sequence(stage) for _ in range(tokens // stage.length)]
         ids = torch.tensor([r[0] for r in rows])
         weights = torch.tensor([r[1] for r in rows])
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), weights[:, 1:].contiguous()
 
 
-def rate(progress: float, peak: float) -> float:
-    """Learning rate: short warm-up, constant, linear to zero."""
-    return peak * min(1.0, progress / 0.01 + 0.01, max(0.0, (1 - progress) / (1 - DECAY_FROM)))
+def stage_at(step: int) -> tuple[Stage, float]:
+    """The stage of ``step`` and its learning rate (with a short warm-up at the very start)."""
+    first = 0
+    for stage in STAGES:
+        if step < first + stage.steps:
+            share = (step - first) / stage.steps
+            rate = stage.first_rate + (stage.last_rate - stage.first_rate) * share
+            return stage, rate * min(1.0, (step + 1) / 30)
+        first += stage.steps
+    raise IndexError(step)
 
 
 def save_checkpoint(model: Demo, tokenizer: Tokenizer, folder: Path) -> None:
@@ -237,9 +273,7 @@ def save_checkpoint(model: Demo, tokenizer: Tokenizer, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="run folder; resumed if not empty")
-    parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--tokens", type=int, default=8192, help="tokens a step")
-    parser.add_argument("--peak-rate", type=float, default=0.008)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -251,14 +285,14 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
 
     torch.manual_seed(0)
-    model = Demo(DemoShape()).to(args.device)
+    model = Demo(DemoShape())
+    install(model, DemoShape())
+    model.to(args.device)
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n]
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(
-            matrices, lr=args.peak_rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"
-        ),
-        torch.optim.AdamW(others, lr=args.peak_rate, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.Muon(matrices, lr=0.0, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     state_file = args.out / "state.pt"
     first = 0
@@ -272,17 +306,17 @@ def main() -> None:
     compiled = torch.compile(model, dynamic=False)
     losses: list[float] = []
     started = time.time()
-    for step in range(first, args.steps):
-        progress = step / args.steps
-        length = next(n for until, n in LENGTHS if progress < until)
-        batch = (t.to(args.device) for t in mixer.batch(args.tokens, length, progress))
+    steps = sum(stage.steps for stage in STAGES)
+    for step in range(first, steps):
+        stage, rate = stage_at(step)
+        batch = (t.to(args.device) for t in mixer.batch(args.tokens, stage))
         with torch.autocast(args.device, dtype=torch.bfloat16):
             loss = compiled(*batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate(progress, args.peak_rate)
+                group["lr"] = rate if isinstance(optimizer, torch.optim.Muon) else rate
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.item())
@@ -290,9 +324,10 @@ def main() -> None:
             speed = args.tokens * (step + 1 - first) / (time.time() - started)
             mean = sum(losses[-20:]) / 20
             print(
-                f"step {step + 1} length {length} loss {mean:.3f} {speed:.0f} tokens/s", flush=True
+                f"step {step + 1} length {stage.length} loss {mean:.3f} {speed:.0f} tokens/s",
+                flush=True,
             )
-        if (step + 1) % 200 == 0 or step + 1 == args.steps:
+        if (step + 1) % 50 == 0 or step + 1 == steps:
             state = {
                 "step": step + 1,
                 "model": model.state_dict(),

@@ -121,7 +121,8 @@ def lay_out(items: Sequence[Item], window: int | None) -> Layout:
             return
         at = position + start
         for low, high in segment.runs(start, stop):
-            pieces.append((rows[0], rows[1], low, high - low, at, causal, segment.kept))
+            kept = None if segment.kept is None else segment.kept - (at - position)
+            pieces.append((rows[0], rows[1], low, high - low, at, causal, kept))
             at += high - low
 
     for segment, position, first, last in readers.values():

@@ -1,0 +1,39 @@
+# Two commands for a fresh machine with Python 3.11 and a compiler: make demo, make test.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+
+.PHONY: demo test lint docs bench clean
+
+$(VENV)/base: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "torch==2.13.0"
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+$(VENV)/dev: $(VENV)/base
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/base
+	$(BIN)/quire run examples/prompts.jsonl -o demo-output.jsonl --temperature 0 --overwrite
+	@echo "The first results, of demo-output.jsonl:"
+	@$(BIN)/python examples/show.py demo-output.jsonl 6
+
+test: $(VENV)/dev lint
+	$(BIN)/pytest -n $(JOBS)
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check quire tests training examples docs
+	$(BIN)/ruff format --check quire tests training examples docs
+	$(BIN)/mypy
+
+docs: $(VENV)/dev
+	$(BIN)/python docs/generate.py
+
+bench: $(VENV)/dev
+	$(BIN)/quire bench
+
+clean:
+	rm -rf $(VENV) bench-out demo-output.jsonl

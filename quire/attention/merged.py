@@ -62,6 +62,8 @@ def attend(
     """
     layout = tables.layout
     tokens, heads, head_dim = q.shape
+    if not tokens:
+        return q
     keys, values = arena.keys[layer], arena.values[layer]  # [kv_heads, slots, head_dim]
     kv_heads = keys.shape[0]
     # Head-major rows: a span's queries for one KV head are then one contiguous matrix.

@@ -1,1 +1,1 @@
-"""."""
+"""Attention over segments of the prefix tree."""

@@ -1,1 +1,1 @@
-"""."""
+"""Workloads and measurements."""

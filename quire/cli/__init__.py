@@ -1,1 +1,1 @@
-"""."""
+"""The ``quire`` command."""

@@ -1,1 +1,1 @@
-"""."""
+"""Sampling and stopping."""

@@ -1,1 +1,1 @@
-"""."""
+"""The step loop, where the other rooms meet."""

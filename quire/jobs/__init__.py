@@ -1,1 +1,1 @@
-"""."""
+"""Batch files in and out."""

@@ -1,1 +1,1 @@
-"""."""
+"""KV memory: pages, prefix tree, arena."""

@@ -1,1 +1,1 @@
-"""."""
+"""Architectures, checkpoints, tokenizer and chat template."""

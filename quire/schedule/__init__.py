@@ -1,1 +1,1 @@
-"""."""
+"""Planner and policies: pure functions over state."""

@@ -1,1 +1,1 @@
-"""."""
+"""Weight formats."""

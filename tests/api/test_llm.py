@@ -62,7 +62,10 @@ def test_leaving_the_iterator_early_frees_the_engine(llm: LLM) -> None:
 
 
 def test_a_bad_request_does_not_take_the_good_ones(llm: LLM) -> None:
-    found = llm.generate([{"prompt_token_ids": []}, "ok", "x " * 600, {"prompt_token_ids": [1, 512]}, {"a": 1}], GREEDY)
+    found = llm.generate(
+        [{"prompt_token_ids": []}, "ok", "x " * 600, {"prompt_token_ids": [1, 512]}, {"a": 1}],
+        GREEDY,
+    )
     kinds = [type(o.error) for o in found]
     assert kinds == [
         InvalidRequestError,

@@ -45,7 +45,10 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, object]
             {"custom_id": "first", "prompt": "The king and the queen", "n": 2},
             "{broken",
             "",
-            {"url": "/v1/chat/completions", "body": {"messages": [{"role": "user", "content": "Hi"}]}},
+            {
+                "url": "/v1/chat/completions",
+                "body": {"messages": [{"role": "user", "content": "Hi"}]},
+            },
             {"prompt": "word " * 3000},
             {"prompt": ""},
             {"prompt": "The king and the queen", "logprobs": 1, "prompt_logprobs": 0},
@@ -117,7 +120,10 @@ def test_standard_streams_and_completion_order() -> None:
 def test_policies_write_the_same_rows(tmp_path: Path) -> None:
     source = write(
         tmp_path / "in.jsonl",
-        [{"prompt": f"A long story of {i % 3} and then {i}", "temperature": 0.7} for i in range(12)],
+        [
+            {"prompt": f"A long story of {i % 3} and then {i}", "temperature": 0.7}
+            for i in range(12)
+        ],
     )
     texts = []
     for name in ("batch", "fcfs"):
@@ -132,9 +138,7 @@ def test_csv_with_template(tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_text('name,place\nAnna,"a, town"\nBob\nCleo,sea\n')
     (tmp_path / "t.txt").write_text("{{ name }} lived by {{ place }}.")
     out = tmp_path / "out.jsonl"
-    done = quire(
-        "run", tmp_path / "in.csv", "-o", out, "--template", tmp_path / "t.txt", *FAST
-    )
+    done = quire("run", tmp_path / "in.csv", "-o", out, "--template", tmp_path / "t.txt", *FAST)
     assert done.returncode == 1, done.stderr
     rows = lines(out)
     assert [r["error"] is None for r in rows] == [True, False, True]

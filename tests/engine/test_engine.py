@@ -145,9 +145,7 @@ def shared(groups: int, members: int, prefix: int = 64, own: int = 8) -> list[En
         head = rng.integers(1, 256, prefix)
         prompts += [np.concatenate([head, rng.integers(1, 256, own)]) for _ in range(members)]
     order = rng.permutation(len(prompts))
-    return [
-        EngineRequest(i, prompts[j].astype(np.int32), params, i) for i, j in enumerate(order)
-    ]
+    return [EngineRequest(i, prompts[j].astype(np.int32), params, i) for i, j in enumerate(order)]
 
 
 def test_every_shared_prefix_is_computed_once() -> None:

@@ -98,7 +98,17 @@ JSON = st.recursive(
     max_leaves=6,
 )
 FIELDS = ["prompt", "messages", "prompt_token_ids", "url", "body", "custom_id", "id", "method"]
-NAMES = [*FIELDS, "temperature", "n", "stop", "logit_bias", "logprobs", "seed", "max_tokens", "model"]
+NAMES = [
+    *FIELDS,
+    "temperature",
+    "n",
+    "stop",
+    "logit_bias",
+    "logprobs",
+    "seed",
+    "max_tokens",
+    "model",
+]
 
 
 @settings(max_examples=500, deadline=None)

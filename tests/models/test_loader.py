@@ -77,7 +77,10 @@ def test_quantised_checkpoints_are_refused_by_method(folder: Path) -> None:
     [
         ({"rope_scaling": {"type": "su", "factor": 2.0}}, "rope type 'su'"),
         ({"hidden_act": "swish9"}, "activation 'swish9'"),
-        ({"layer_types": ["linear_attention"] * 5, "architectures": ["Qwen3ForCausalLM"]}, "linear"),
+        (
+            {"layer_types": ["linear_attention"] * 5, "architectures": ["Qwen3ForCausalLM"]},
+            "linear",
+        ),
     ],
 )
 def test_unknown_features_are_refused_by_name(

@@ -38,7 +38,9 @@ def test_ids_and_text_equal_those_of_transformers(name: str, text: str) -> None:
 @settings(max_examples=200, deadline=None)
 @given(
     name=st.sampled_from(["stories", "demo"]),
-    text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"), max_size=40),
+    text=st.text(
+        st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"), max_size=40
+    ),
     cuts=st.lists(st.integers(1, 6), max_size=40),
     lost=st.integers(0, 3),
 )

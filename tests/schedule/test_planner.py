@@ -95,9 +95,7 @@ def one_level_brute_force(prompts: list[list[int]]) -> int:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    prompts=st.lists(
-        st.lists(st.integers(0, 1), min_size=1, max_size=5), min_size=1, max_size=6
-    )
+    prompts=st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=5), min_size=1, max_size=6)
 )
 def test_one_level_oracle(prompts: list[list[int]]) -> None:
     tree, _ = planted(prompts)

@@ -1,0 +1,70 @@
+"""The public names and flags. A change here is a change for users: make it on purpose."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import typer
+
+import quire
+from quire import errors
+from quire.cli.main import app
+from quire.decode.params import SamplingParams
+
+FLAGS = {
+    "run": {
+        "source", "--output", "--model", "--dtype", "--threads", "--memory", "--kv-memory",
+        "--policy", "--chunk", "--window", "--context", "--device", "--template", "--order",
+        "--on-overlong", "--limit", "--max-tokens", "--temperature", "--top-p", "--top-k",
+        "--min-p", "--stop", "--seed", "--dry-run", "--stats", "--overwrite", "--plain",
+    },
+    "bench": {
+        "--workload", "--shape", "--system", "--scale", "--repeat", "--chunk", "--threads",
+        "--device", "--folder",
+    },
+}  # fmt: skip
+
+
+def test_names() -> None:
+    assert set(quire.__all__) == {
+        "LLM", "CompletionOutput", "QuireError", "RequestOutput", "SamplingParams", "Stats",
+    }  # fmt: skip
+    assert all(hasattr(quire, name) for name in quire.__all__)
+
+
+def test_sampling_fields() -> None:
+    assert {f.name for f in fields(SamplingParams)} == {
+        "n", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+        "frequency_penalty", "logit_bias", "seed", "logprobs", "prompt_logprobs", "stop",
+        "stop_token_ids", "min_tokens", "max_tokens", "ignore_eos", "bad_words",
+    }  # fmt: skip
+
+
+def test_flags() -> None:
+    group = typer.main.get_command(app)
+    found = {
+        name: {p.opts[0] for p in command.params if p.name != "help"}
+        for name, command in group.commands.items()  # type: ignore[attr-defined]
+    }
+    assert found == FLAGS
+
+
+def test_error_tree() -> None:
+    tree = {
+        kind.__name__: kind.__bases__[0].__name__
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, errors.QuireError)
+    }
+    assert tree == {
+        "QuireError": "Exception",
+        "ModelError": "QuireError",
+        "UnsupportedModelError": "ModelError",
+        "CheckpointError": "ModelError",
+        "MemoryBudgetError": "QuireError",
+        "RequestError": "QuireError",
+        "InvalidRequestError": "RequestError",
+        "PromptTooLongError": "RequestError",
+        "InputFileError": "QuireError",
+        "EngineStallError": "QuireError",
+    }
+    assert all(name in (errors.__doc__ or "") for name in tree)

@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
+from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
+from typing import get_args, get_type_hints
 
-import typer
-
-from quire.cli.main import app
+from quire.cli.bench import bench
+from quire.cli.run import run
 from quire.models.registry import SUPPORTED
 
 DOCS = Path(__file__).parent
 
 
-def flags(command: str) -> str:
+def flags(command: Callable[..., None]) -> str:
     """A table of a command's flags."""
-    group = typer.main.get_command(app)
+    hints = get_type_hints(command, include_extras=True)
     rows = ["| flag | what | default |", "|---|---|---|"]
-    for param in group.commands[command].params:  # type: ignore[attr-defined]
-        if param.name == "help":
-            continue
-        name = " ".join(f"`{opt}`" for opt in param.opts) if param.opts[0][0] == "-" else "`INPUT`"
-        choices = getattr(param.type, "choices", None)
-        text = (param.help or "").replace("|", "\\|")
-        if choices:
-            text += " One of " + ", ".join(f"`{getattr(c, 'value', c)}`" for c in choices) + "."
-        default = getattr(param.default, "value", param.default)
-        shown = "" if default in (None, False, ()) or callable(default) else f"`{default}`"
-        rows.append(f"| {name} | {text} | {shown} |")
+    for name, parameter in inspect.signature(command).parameters.items():
+        kind, info = get_args(hints[name])
+        # Typer takes the first declared name for the default when it is given by position.
+        first = (info.default,) if str(info.default).startswith("-") else ()
+        declared = (*first, *(info.param_decls or ()))
+        names = declared or (info.metavar or "--" + name.replace("_", "-"),)
+        text = info.help.replace("|", "\\|")
+        enum = next((k for k in (kind, *get_args(kind)) if issubclass(_plain(k), Enum)), None)
+        if enum is not None:
+            text += " One of " + ", ".join(f"`{member.value}`" for member in enum) + "."
+        default = getattr(parameter.default, "value", parameter.default)
+        unset = any(default is nothing for nothing in (None, False, inspect.Parameter.empty))
+        shown = " ".join(f"`{n}`" for n in names)
+        rows.append(f"| {shown} | {text} | {'' if unset else f'`{default}`'} |")
     return "\n".join(rows)
+
+
+def _plain(kind: object) -> type:
+    return kind if isinstance(kind, type) and not get_args(kind) else object
 
 
 def architectures() -> str:
@@ -42,8 +52,8 @@ def architectures() -> str:
 
 
 PARTS = {
-    "run.md": {"flags run": lambda: flags("run")},
-    "benchmarks.md": {"flags bench": lambda: flags("bench")},
+    "run.md": {"flags run": lambda: flags(run)},
+    "benchmarks.md": {"flags bench": lambda: flags(bench)},
     "models.md": {"architectures": architectures},
 }
 

@@ -20,6 +20,7 @@ STARTS = [
 
 
 def main() -> None:
+    """Write the file."""
     rng = Random(7)
     text = re.sub(r"[ \n]+", " ", read_text("books", held_out=True))
     sentences = [s for s in re.split(r"(?<=[.!?])\s+", text) if s.isascii()]

@@ -316,7 +316,7 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate if isinstance(optimizer, torch.optim.Muon) else rate
+                group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.item())

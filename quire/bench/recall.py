@@ -32,11 +32,11 @@ VALUES = (
     "apple arrow bread bridge butter candle castle chair church cloud coffee copper corner cotton "
     "crown desert diamond doctor dragon eagle engine feather finger fire flower forest garden "
     "ghost glass gold grass hammer harbour heart hill honey horse island ivory jewel king knife "
-    "ladder lamp leaf letter lion market meadow milk mirror money moon morning mountain music needle "
-    "night ocean orange palace paper pearl pepper picture pipe potato powder prince queen rabbit "
-    "rain ribbon river road rose salt sand school shadow sheep ship silk silver sister snow soldier "
-    "spring stone storm stranger sugar summer sword table temple thunder tiger tower tree valley "
-    "velvet village violin wagon water wheat wheel window winter wolf wood wool"
+    "ladder lamp leaf letter lion market meadow milk mirror money moon morning mountain music "
+    "needle night ocean orange palace paper pearl pepper picture pipe potato powder prince queen "
+    "rabbit rain ribbon river road rose salt sand school shadow sheep ship silk silver sister snow "
+    "soldier spring stone storm stranger sugar summer sword table temple thunder tiger tower tree "
+    "valley velvet village violin wagon water wheat wheel window winter wolf wood wool"
 ).split()
 
 

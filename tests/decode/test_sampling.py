@@ -108,7 +108,7 @@ def test_against_the_plain_sampler(
     for options, row_seed in rows:
         output = generator.integers(0, vocab, generator.integers(0, 4)).tolist()
         state = row(output, row_seed, **options)
-        state.bad_words = ((1,), (2, 3), tuple(output[-1:]) + (0,))
+        state.bad_words = ((1,), (2, 3), (*output[-1:], 0))
         states.append(state)
     found = sample(torch.from_numpy(logits.copy()), states).tokens
     for index, state in enumerate(states):

@@ -14,8 +14,6 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from mock import ByteTokenizer, MockModel, spec
-
 from quire.decode.params import SamplingParams
 from quire.engine.engine import Engine
 from quire.engine.limits import PAGE_TOKENS
@@ -23,6 +21,7 @@ from quire.engine.request import EngineRequest, EngineResult
 from quire.errors import EngineStallError, PromptTooLongError
 from quire.schedule.policies import POLICIES
 from quire.schedule.state import Policy
+from toy import ByteTokenizer, MockModel, spec
 
 PAGE_BYTES = PAGE_TOKENS * 2 * 2 * 8 * 4
 
@@ -237,7 +236,7 @@ def test_what_can_never_fit_is_refused_with_numbers() -> None:
         chunk=16,
     )
     assert engine.limits.output_tokens(16, 32) == 32
-    with pytest.raises(PromptTooLongError, match="need 4,096 bytes of KV; the pool has 3,072"):
+    with pytest.raises(PromptTooLongError, match="need 8,192 bytes of KV; the pool has 6,144"):
         engine.limits.output_tokens(17, 32)
     with pytest.raises(PromptTooLongError, match="512 tokens; the context holds 512"):
         engine.limits.output_tokens(512, 1)

@@ -37,7 +37,7 @@ class MockModel:
 
     spec: ModelSpec = field(default_factory=spec)
     dtype: torch.dtype = torch.float32
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     tokens_seen: int = 0
 
     def __post_init__(self) -> None:
@@ -61,9 +61,6 @@ class ByteTokenizer:
     """One token a byte."""
 
     eos_ids = (0,)
-
-    def encode(self, text: str, special: bool = True) -> list[int]:
-        return list(text.encode())
 
     def decode(self, ids: list[int]) -> str:
         return bytes(i for i in ids if i).decode(errors="replace")

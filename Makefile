@@ -25,8 +25,8 @@ test: $(VENV)/dev lint
 	$(BIN)/pytest -n $(JOBS)
 
 lint: $(VENV)/dev
-	$(BIN)/ruff check quire tests training examples docs
-	$(BIN)/ruff format --check quire tests training examples docs
+	$(BIN)/ruff check quire tests training examples docs benchmarks
+	$(BIN)/ruff format --check quire tests training examples docs benchmarks
 	$(BIN)/mypy
 
 docs: $(VENV)/dev

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import cache
 from itertools import product
 
 import numpy as np
@@ -79,6 +80,7 @@ def test_saving_equals_the_oracle_and_never_exceeds_it(prompts: list[list[int]])
 def one_level_brute_force(prompts: list[list[int]]) -> int:
     """Most that groups of prompts with one common prefix each can save."""
 
+    @cache
     def best(group: frozenset[int]) -> int:
         if not group:
             return 0
@@ -86,8 +88,10 @@ def one_level_brute_force(prompts: list[list[int]]) -> int:
         found = best(group - {first})
         for length in range(1, len(prompts[first]) + 1):
             prefix = prompts[first][:length]
-            members = frozenset(i for i in group if prompts[i][:length] == prefix)
-            found = max(found, (len(members) - 1) * length + best(group - members))
+            others = [i for i in group - {first} if prompts[i][:length] == prefix]
+            for chosen in product([False, True], repeat=len(others)):
+                members = {first, *(i for i, c in zip(others, chosen, strict=True) if c)}
+                found = max(found, (len(members) - 1) * length + best(group - members))
         return found
 
     return best(frozenset(range(len(prompts))))

@@ -184,20 +184,23 @@ def run_job(
     input or the output cannot be used at all.
     """
     interrupted = False
-    with ExitStack() as stack:
-        stream = _open_output(job, stack)
-        run = _Run(llm, job, stream.write)
-        stack.callback(stream.flush)
-        stack.callback(run.out.flush_early)
-        try:
-            with view:
-                run.execute(job_rows(job, llm.model, warn), view)
-        except KeyboardInterrupt:
-            interrupted = True
-        except OSError as error:
-            raise InputFileError(
-                f"The run stopped: {error}.", value=job.output, action="Free disk space?"
-            ) from error
+    try:
+        with ExitStack() as stack:
+            stream = _open_output(job, stack)
+            run = _Run(llm, job, stream.write)
+            stack.callback(stream.flush)
+            stack.callback(run.out.flush_early)
+            try:
+                with view:
+                    run.execute(job_rows(job, llm.model, warn), view)
+            except KeyboardInterrupt:
+                interrupted = True
+    except OSError as error:
+        raise InputFileError(
+            f"The run stopped, reading {job.source} and writing {job.output}: {error.strerror}.",
+            value=job.output,
+            action="What is written so far is complete rows, but for the last.",
+        ) from error
     return _summarise(run, llm, interrupted, load_seconds)
 
 

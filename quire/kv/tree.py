@@ -55,7 +55,7 @@ class Node:
         self.start = start
         self.tokens = tokens
         self.children: dict[int, Node] = {}  # by first token
-        self.loose: list[Node] = []  # children that share with nobody
+        self.loose: dict[int, Node] = {}  # children that share with nobody, by id
         self.segment: Segment | None = None
         self.folded: bool | None = None
         self.readers = 0
@@ -89,12 +89,12 @@ class Node:
     @property
     def loose_leaf(self) -> bool:
         """Whether no later prompt can ever share this node."""
-        return self.parent is not None and self in self.parent.loose
+        return self.parent is not None and self.id in self.parent.loose
 
     @property
     def branches(self) -> list[Node]:
         """All children."""
-        return [*self.children.values(), *self.loose]
+        return [*self.children.values(), *self.loose.values()]
 
     def kept_parent(self) -> Node | None:
         """The nearest ancestor that has a segment of its own, None at the top."""
@@ -187,7 +187,7 @@ class PrefixTree:
     def _loose(self, parent: Node, tokens: Tokens) -> Node:
         node = self._node(parent, parent.end, tokens)
         node.folded = False
-        parent.loose.append(node)
+        parent.loose[node.id] = node
         return node
 
     def _split(self, node: Node, at: int) -> Node:
@@ -263,9 +263,7 @@ class PrefixTree:
             node.readers or node.segment or node.children or node.loose
         ):
             parent = node.parent
-            if node in parent.loose:
-                parent.loose.remove(node)
-            else:
+            if parent.loose.pop(node.id, None) is None:
                 del parent.children[int(node.tokens[0])]
             node = parent
 

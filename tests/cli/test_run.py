@@ -169,6 +169,7 @@ def test_dry_run_plans_only(tmp_path: Path) -> None:
         (["in.jsonl", "-o", "there/out.jsonl"], "cannot be written"),
         (["in.jsonl", "-o", "in.jsonl"], "exists already"),
         (["long.jsonl", "--on-overlong", "fail"], "the context holds"),
+        (["in.jsonl", "-o", "/dev/full"], "No space left on device"),
     ],
 )
 def test_unusable_input_is_status_two(tmp_path: Path, words: list[str], message: str) -> None:

@@ -36,7 +36,6 @@ class Setup:
     folder: Path
     spec: ModelSpec
     dtype: torch.dtype
-    device: str
     budget: Budget
     limits: Limits
     tokenizer: Tokenizer
@@ -69,7 +68,7 @@ class Setup:
             device=device,
         )
         limits = Limits.make(spec.context, budget.kv, kv_token)
-        return cls(folder, spec, held, device, budget, limits, Tokenizer.load(folder))
+        return cls(folder, spec, held, budget, limits, Tokenizer.load(folder))
 
     def encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """Text (None where there is none) and token ids of a prompt. Raises InvalidRequestError."""

@@ -79,16 +79,22 @@ def run_policy(
 
 
 def run_transformers(
-    folder: Path, workload: Workload, *, batch: int = 16, most: int = 32, device: str = "cpu"
+    folder: Path,
+    workload: Workload,
+    *,
+    batch: int = 16,
+    most_tokens: int = 16384,
+    device: str = "cpu",
 ) -> Measured:
-    """``transformers`` generate on padded batches of ``batch`` prompts of like length.
+    """``transformers`` generate on padded batches of ``batch`` sequences of like length.
 
-    Only the first ``most`` prompts are run; the speed is theirs.
+    Runs the first prompts, up to ``most_tokens`` tokens with their samples; the speed is theirs.
     """
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device)
-    prompts = sorted(workload.prompts[:most], key=len)
+    count = max(1, most_tokens * len(workload.prompts) // workload.asked_tokens)
+    prompts = sorted(workload.prompts[:count], key=len)
     asked = 0
     started = time.perf_counter()
     per_call = max(1, batch // workload.samples)

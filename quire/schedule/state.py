@@ -32,7 +32,6 @@ class Sequence:
     output: list[int] = field(default_factory=list)
     tail: Segment = field(default_factory=Segment)
     computed_here: int = 0  # prompt tokens computed on this sequence's behalf
-    alone: bool = False  # its prompt has been taken out of the shared tree
 
     @property
     def owed(self) -> int:

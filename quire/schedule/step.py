@@ -25,12 +25,14 @@ class Ledger:
         self.free = state.pool.free_pages
         self.taken = 0
         self.stopped: dict[int, int] = {}  # node id -> running readers that the plan takes away
-        self.used: set[int] = set()  # nodes that the plan reads or writes
+        self.used: set[int] = set()  # nodes that the plan's admissions read or write
         self.dropped: set[int] = set()  # nodes that the plan evicts
         self.released: Counter[int] = Counter()  # page -> references that the plan gives back
 
     def idle(self, protected: Collection[int] = ()) -> list[Node]:
         """Nodes whose KV nobody running reads, in the order in which they may be dropped.
+
+        What the plan's admissions read, though not running yet, is not among them.
 
         A node's last use is no earlier than that of any node below it, so the order frees
         children before their parents.
@@ -127,8 +129,7 @@ def _plan_decodes(state: State, plan: StepPlan, ledger: Ledger, running: list[Se
         index += 1
         if count <= 0:
             continue
-        path = {node.id for node in seq.leaf.path()}
-        while not ledger.take(state.pool.pages_for(seq.tail, count), path):
+        while not ledger.take(state.pool.pages_for(seq.tail, count)):
             victim = running.pop()
             ledger.stop(victim)
             if victim is seq:
@@ -136,7 +137,6 @@ def _plan_decodes(state: State, plan: StepPlan, ledger: Ledger, running: list[Se
                     plan.unshare.append(seq)
                 break
         else:
-            ledger.used |= path
             plan.extend.append((seq, count))
             planned += count
     return planned
@@ -145,26 +145,28 @@ def _plan_decodes(state: State, plan: StepPlan, ledger: Ledger, running: list[Se
 def _plan_prefill(
     seq: Sequence, plan: StepPlan, ledger: Ledger, progress: dict[int, int], budget: int
 ) -> int:
-    """Compute the next missing tokens on the path to ``seq``, at most ``budget``."""
+    """Compute the next missing tokens on the path to ``seq``, at most ``budget``.
+
+    ``progress``: node id -> tokens that will still be missing after the plan so far. A node may
+    follow its parent in the same step: KV is stored before attention reads it. Returns the
+    tokens planned.
+    """
     if not seq.leaf.missing:
         return 0
     planned = 0
     path = seq.leaf.path()
     ids = {node.id for node in path}
     for node in path:
-        left = progress.get(node.id, node.missing)
-        if left and node.id not in progress:
-            count = min(left, budget - planned)
+        if node.id not in progress and node.missing:
+            count = min(node.missing, budget - planned)
             pages = ledger.state.pool.pages_for(node.segment, count)
             if count == 0 or not ledger.take(pages, ids):
                 break
             plan.prefill.append((node, count, seq))
             planned += count
-            left = progress[node.id] = left - count
-        if left:
+            progress[node.id] = node.missing - count
+        if progress.get(node.id):
             break
-        ledger.used.add(node.id)
-    ledger.used |= ids
     return planned
 
 

@@ -68,7 +68,7 @@ def test_data_mix_follows_its_shares() -> None:
     import tokenizers
 
     tokenizer = tokenizers.Tokenizer.from_file(str(model_folder("demo") / "tokenizer.json"))
-    text = (Path(__file__).parents[2] / "training/README.md").read_text() * 60
+    text = (Path(__file__).parents[2] / "training/README.md").read_text() * 300
     mixer = Mixer(tokenizer, [text], Random(0))
     stage = STAGES[1]
     for _ in range(40):

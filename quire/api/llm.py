@@ -206,20 +206,21 @@ class LLM:
                         window = list(islice(source, self.window))
                         exhausted = len(window) < self.window
                         yield from self._add(window, known)
-                    watchdog.beat()
                     if not engine.unfinished:
                         if exhausted:
                             return
                         continue
-                    for result in engine.step():
+                    watchdog.start()
+                    results = engine.step()
+                    watchdog.end()
+                    for result in results:
                         yield _complete(known.pop(result.id), result)
-                        watchdog.beat()
                     if on_step is not None:
                         on_step(self.stats)
         except KeyboardInterrupt:
             if watchdog.fired:
                 raise EngineStallError(
-                    f"No step finished in {self.stall_seconds:g} s.\n{engine.describe()}"
+                    f"A step has taken more than {self.stall_seconds:g} s.\n{engine.describe()}"
                 ) from None
             raise
         finally:

@@ -1,9 +1,10 @@
-"""Turns a hang into a loud failure: no heartbeat for too long, and the state is dumped."""
+"""Turns a hang into a loud failure: a step that takes too long, and the state is dumped."""
 
 from __future__ import annotations
 
 import _thread
 import faulthandler
+import math
 import os
 import sys
 import threading
@@ -16,9 +17,9 @@ EXIT_STATUS = 70
 
 
 class Watchdog:
-    """Context manager around a loop that calls `beat` on every turn.
+    """Context manager around a loop that says `start` and `end` of every step.
 
-    After ``seconds`` without a beat it prints ``describe()`` and all Python stacks to standard
+    When a step lasts longer than ``seconds`` it prints ``describe()`` and all Python stacks to standard
     error and interrupts the main thread; `fired` is then true. A main thread that hangs in native
     code and does not react is ended with exit status 70.
     """
@@ -27,16 +28,19 @@ class Watchdog:
         self.seconds = seconds
         self.fired = False
         self._describe = describe
-        self._last = time.monotonic()
+        self._since = math.inf  # no step runs
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="quire-watchdog", daemon=True)
 
-    def beat(self) -> None:
-        """Say that the loop is alive."""
-        self._last = time.monotonic()
+    def start(self) -> None:
+        """A step begins."""
+        self._since = time.monotonic()
+
+    def end(self) -> None:
+        """The step is over; whoever takes the results may take his time."""
+        self._since = math.inf
 
     def __enter__(self) -> Watchdog:
-        self.beat()
         self._thread.start()
         return self
 
@@ -51,9 +55,12 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stop.wait(min(1.0, self.seconds / 4)):
-            if time.monotonic() - self._last > self.seconds:
+            if time.monotonic() - self._since > self.seconds:
                 self.fired = True
-                print(f"No step in {self.seconds:g} s.\n{self._describe()}", file=sys.stderr)
+                print(
+                    f"A step has taken more than {self.seconds:g} s.\n{self._describe()}",
+                    file=sys.stderr,
+                )
                 faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
                 sys.stderr.flush()
                 _thread.interrupt_main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +135,18 @@ def test_alone_or_in_company(seed: int) -> None:
     for request in requests:
         alone, _ = run([request])
         assert tokens(alone)[request.id] == tokens(together)[request.id]
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_sharing_on_or_off(seed: int) -> None:
+    """Requests that score their prompt share it with no other request."""
+    requests = random_requests(seed)
+    private = [replace(r, params=replace(r.params, prompt_logprobs=0)) for r in requests]
+    shared_tree, _ = run(requests)
+    found, engine = run(private)
+    assert tokens(found) == tokens(shared_tree)
+    assert engine.world.counters.prompt_computed == sum(len(r.prompt) for r in requests)
 
 
 def shared(groups: int, members: int, prefix: int = 64, own: int = 8) -> list[EngineRequest]:

@@ -19,9 +19,9 @@ EXIT_STATUS = 70
 class Watchdog:
     """Context manager around a loop that says `start` and `end` of every step.
 
-    When a step lasts longer than ``seconds`` it prints ``describe()`` and all Python stacks to standard
-    error and interrupts the main thread; `fired` is then true. A main thread that hangs in native
-    code and does not react is ended with exit status 70.
+    When a step lasts longer than ``seconds`` it prints ``describe()`` and all Python stacks to
+    standard error and interrupts the main thread; `fired` is then true. A main thread that hangs
+    in native code and does not react is ended with exit status 70.
     """
 
     def __init__(self, seconds: float, describe: Callable[[], str]) -> None:

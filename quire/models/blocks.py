@@ -19,6 +19,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu": functional.gelu,
     "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
     "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
+    "gelu_fast": lambda x: functional.gelu(x, approximate="tanh"),
     "relu": functional.relu,
 }
 

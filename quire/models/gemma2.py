@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from quire.errors import UnsupportedModelError
 from quire.models.config import Config, common, windowed_layers
-from quire.models.spec import ModelSpec, Names
+from quire.models.spec import LayerSpec, ModelSpec, Names
 
 NAMES = Names(
     norms=tuple(
@@ -16,11 +17,19 @@ NAMES = Names(
 def spec(config: Config, context: int | None) -> ModelSpec:
     """``Gemma2ForCausalLM``."""
     slides = [index % 2 == 0 for index in range(config["num_hidden_layers"])]
+    caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+    return sandwich(caps | config, context, windowed_layers(config, context, slides))
+
+
+def sandwich(config: Config, context: int | None, layers: tuple[LayerSpec, ...]) -> ModelSpec:
+    """What Gemma 2 and 3 have in common."""
+    if config.get("use_bidirectional_attention"):
+        raise UnsupportedModelError("Gemma with use_bidirectional_attention is not supported.")
     shared = common(config, context, tied=True)
     shared["scale"] = config["query_pre_attn_scalar"] ** -0.5
     return ModelSpec(
         **shared,
-        layers=windowed_layers(config, context, slides),
+        layers=layers,
         names=NAMES,
         norm="rms+1",
         placement="sandwich",

@@ -22,14 +22,17 @@ NAMES = Names(
 
 def spec(config: Config, context: int | None) -> ModelSpec:
     """``GPTNeoXForCausalLM``."""
-    config = {"rope_theta": config.get("rotary_emb_base", 10000.0), **config}
-    shared = common(config, context)
-    shared |= {"norm_eps": config["layer_norm_eps"], "kv_heads": shared["heads"]}
-    share = (config.get("rope_parameters") or {}).get("partial_rotary_factor")
-    layer = LayerSpec(rope=rope(config, context, share=share or config.get("rotary_pct", 0.25)))
+    config = {
+        "rope_theta": config.get("rotary_emb_base", 10000.0),
+        "partial_rotary_factor": config.get("rotary_pct", 0.25),
+        "attention_bias": True,
+        "mlp_bias": True,
+        **config,
+        "num_key_value_heads": None,
+    }
     return ModelSpec(
-        **shared,
-        layers=uniform_layers(config, layer),
+        **common(config, context, eps="layer_norm_eps"),
+        layers=uniform_layers(config, LayerSpec(rope=rope(config, context))),
         names=NAMES,
         norm="layer",
         placement="parallel" if config.get("use_parallel_residual", True) else "pre",

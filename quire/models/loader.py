@@ -20,7 +20,7 @@ from quire.models.tokenizer import read_json
 from quire.weights.linear import Linear
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_IGNORED = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
+_BUFFERS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
 
 
 def read_config(folder: Path) -> Config:
@@ -51,16 +51,20 @@ class Checkpoint:
         self._where = _index(folder)
         self._open: dict[Path, safe_open] = {}
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._where
-
     def names(self) -> list[str]:
         """All tensor names."""
         return list(self._where)
 
     def header(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of a tensor. Raises CheckpointError."""
-        part = self._file(name).get_slice(name)
+        try:
+            part = self._file(name).get_slice(name)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{self._where[name]} lacks {name}, which the index lists there.",
+                value=name,
+                action="Download the folder again.",
+            ) from error
         kind = part.get_dtype()
         if kind not in _DTYPES:
             raise CheckpointError(
@@ -80,6 +84,7 @@ class Checkpoint:
                 f"{list(shape)}.",
                 value=found,
                 limit=shape,
+                action="The weights and config.json are of different models.",
             )
         self.used.add(name)
         tensor: Tensor = self._file(name).get_tensor(name)
@@ -108,11 +113,12 @@ def _open(path: Path) -> safe_open:
 
 
 def _index(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file."""
+    """Tensor name -> file, without the buffers that old checkpoints hold."""
     listed = read_json(folder / "model.safetensors.index.json").get("weight_map", {})
     if listed:
-        return {name: folder / file for name, file in listed.items()}
-    files = sorted(folder.glob("*.safetensors"))
+        return {n: folder / file for n, file in listed.items() if not n.endswith(_BUFFERS)}
+    single = folder / "model.safetensors"
+    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     if not files:
         old = any(folder.glob("*.bin"))
         raise CheckpointError(
@@ -120,7 +126,12 @@ def _index(folder: Path) -> dict[str, Path]:
             value=str(folder),
             action="Convert the .bin files to safetensors first." if old else "Download them.",
         )
-    return {name: path for path in files for name in _open(path).keys()}  # noqa: SIM118
+    return {
+        name: path
+        for path in files
+        for name in _open(path).keys()  # noqa: SIM118
+        if not name.endswith(_BUFFERS)
+    }
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -176,7 +187,7 @@ class _Loader:
         if spec.tied:
             self.checkpoint.used.add(f"{names.head}.weight")
         else:
-            head = self.linear((names.head,), table[0], table[1])
+            head = self.linear((names.head,), table[0], table[1], bias=False)
         decoder = Decoder(
             spec,
             embedding,
@@ -184,11 +195,7 @@ class _Loader:
             self.norm(names.final_norm, spec.hidden_size),
             head,
         )
-        unused = {
-            n
-            for n in self.checkpoint.names()
-            if n not in self.checkpoint.used and not n.endswith(_IGNORED)
-        }
+        unused = set(self.checkpoint.names()) - self.checkpoint.used
         if unused:
             warnings.warn(
                 f"{self.checkpoint.folder}: {len(unused)} tensors are not part of "
@@ -204,12 +211,14 @@ class _Loader:
         bias = f"{name}.bias"
         return Normalise(
             self.tensor(f"{name}.weight", (width,)),
-            self.tensor(bias, (width,)) if bias in self.checkpoint else None,
+            self.tensor(bias, (width,)) if self.spec.norm == "layer" else None,
             self.spec.norm_eps,
             self.spec.norm,
         )
 
-    def linear(self, names: tuple[str, ...], out: int | tuple[int, ...], inner: int) -> Linear:
+    def linear(
+        self, names: tuple[str, ...], out: int | tuple[int, ...], inner: int, *, bias: bool
+    ) -> Linear:
         """One matrix of one or more tensors; ``out``: output width of all, or of each."""
         widths = (out,) if isinstance(out, int) else out
         if len(names) < len(widths):
@@ -221,11 +230,9 @@ class _Loader:
         biases = [
             self.tensor(f"{name}.bias", (width,))
             for name, width in zip(names, widths, strict=True)
-            if f"{name}.bias" in self.checkpoint
+            if bias
         ]
-        if len(weights) == 1:
-            return Linear(weights[0], biases[0] if biases else None)
-        return Linear(torch.cat(weights), torch.cat(biases) if biases else None)
+        return Linear(_one(weights), _one(biases) if bias else None)
 
     def layer(self, index: int, layer: LayerSpec) -> Layer:
         spec = self.spec
@@ -235,7 +242,9 @@ class _Loader:
         def at(name: str) -> str:
             return name.replace("{i}", str(index))
 
-        qkv = self.linear(tuple(map(at, names.qkv)), (q_width, kv_width, kv_width), hidden)
+        qkv = self.linear(
+            tuple(map(at, names.qkv)), (q_width, kv_width, kv_width), hidden, bias=spec.qkv_bias
+        )
         if spec.interleaved_qkv:
             qkv = _separate_heads(qkv, spec.heads)
         q_norm = k_norm = None
@@ -246,7 +255,7 @@ class _Loader:
         return Layer(
             layer,
             qkv,
-            self.linear((at(names.out),), hidden, q_width),
+            self.linear((at(names.out),), hidden, q_width, bias=spec.out_bias),
             q_norm,
             k_norm,
             tuple(self.norm(at(name), hidden) for name in names.norms),
@@ -259,8 +268,8 @@ class _Loader:
         spec = self.spec
         widths = (width, width) if spec.gated else (width,)
         return MLP(
-            self.linear(up, widths, spec.hidden_size),
-            self.linear((down,), spec.hidden_size, width),
+            self.linear(up, widths, spec.hidden_size, bias=spec.mlp_bias),
+            self.linear((down,), spec.hidden_size, width, bias=spec.mlp_bias),
             ACTIVATIONS[spec.activation],
             spec.gated,
         )
@@ -274,7 +283,7 @@ class _Loader:
             return name.replace("{i}", str(index)).replace("{e}", str(expert))
 
         return MixtureOfExperts(
-            self.linear((at(names.router),), experts.count, spec.hidden_size),
+            self.linear((at(names.router),), experts.count, spec.hidden_size, bias=False),
             tuple(
                 self.mlp(
                     tuple(at(name, e) for name in names.expert_up),
@@ -285,6 +294,11 @@ class _Loader:
             ),
             experts,
         )
+
+
+def _one(parts: list[Tensor]) -> Tensor:
+    """The parts one below the other; a single part stays where it is in the mapped file."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _separate_heads(qkv: Linear, heads: int) -> Linear:

@@ -18,6 +18,7 @@ NAMES = Names(
 
 def spec(config: Config, context: int | None) -> ModelSpec:
     """``MixtralForCausalLM``."""
+    config = {"rope_theta": 1e6, **config}
     dense = mistral.spec(config, context)
     experts = Experts(
         config["num_local_experts"],

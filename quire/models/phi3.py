@@ -13,6 +13,9 @@ NAMES = Names(
 
 def spec(config: Config, context: int | None) -> ModelSpec:
     """``Phi3ForCausalLM``."""
+    scaling = config.get("rope_scaling") or {}
+    if scaling.get("type") in ("su", "yarn"):  # what early checkpoints call longrope
+        config = config | {"rope_scaling": scaling | {"type": "longrope"}}
     slides = [True] * config["num_hidden_layers"]
     layers = windowed_layers(config, context, slides)
     return ModelSpec(**common(config, context), layers=layers, names=NAMES)

@@ -8,7 +8,7 @@ from quire.models.spec import LayerSpec, ModelSpec
 
 def layers(config: Config, context: int | None) -> tuple[LayerSpec, ...]:
     """Layers from ``max_window_layers`` on slide, if ``use_sliding_window``."""
-    first = config.get("max_window_layers", 0)
+    first = config.get("max_window_layers", 28)
     on = bool(config.get("use_sliding_window"))
     slides = [on and index >= first for index in range(config["num_hidden_layers"])]
     return windowed_layers(config, context, slides)
@@ -16,4 +16,5 @@ def layers(config: Config, context: int | None) -> tuple[LayerSpec, ...]:
 
 def spec(config: Config, context: int | None) -> ModelSpec:
     """``Qwen2ForCausalLM``."""
-    return ModelSpec(**common(config, context), layers=layers(config, context))
+    shared = common(config, context) | {"qkv_bias": True, "out_bias": False}
+    return ModelSpec(**shared, layers=layers(config, context))

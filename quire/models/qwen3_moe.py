@@ -11,7 +11,7 @@ from quire.models.spec import Experts, ModelSpec
 
 def spec(config: Config, context: int | None) -> ModelSpec:
     """``Qwen3MoeForCausalLM``."""
-    dense = qwen3.spec(config, context)
+    dense = qwen3.spec(config | {"max_window_layers": 0}, context)  # all layers slide, or none
     experts = Experts(
         config.get("num_local_experts") or config["num_experts"],
         config["num_experts_per_tok"],

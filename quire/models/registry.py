@@ -44,8 +44,8 @@ def spec_from_config(config: Config, context: int | None = None) -> ModelSpec:
     ``context``: longest sequence to run, None for the model's. Raises UnsupportedModelError for
     what Quire does not support and CheckpointError for an incomplete config.
     """
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    if "quantization_config" in config:
+    if quantised := config.get("quantization_config"):
+        method = quantised.get("quant_method")
         raise UnsupportedModelError(
             f"The checkpoint is quantised ({method}), which is not supported yet.",
             value=method,
@@ -63,5 +63,13 @@ def spec_from_config(config: Config, context: int | None = None) -> ModelSpec:
         return SUPPORTED[names[0]](config, context)
     except KeyError as error:
         raise CheckpointError(
-            f"config.json of {names[0]} lacks {error}.", value=str(error)
+            f"config.json of {names[0]} lacks {error}.",
+            value=str(error),
+            action="Download it again.",
+        ) from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"config.json of {names[0]} has a field of a wrong type or value: {error}.",
+            value=str(error),
+            action="Download it again.",
         ) from error

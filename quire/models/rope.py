@@ -5,13 +5,14 @@
 sequence at a time, because KV here is shared and never rotated again:
 
 - ``dynamic``: position p is rotated with the base for a sequence of p + 1 tokens. Within the
-  original context this is the plain embedding.
+  original context, which is the default one, this is the plain embedding.
 - ``longrope``: the short factors hold up to the original context, which is also the default
   context; an engine run with a longer context uses the long factors for every position.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -19,16 +20,22 @@ from torch import Tensor
 
 from quire.models.spec import Rope
 
-KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+REQUIRED: dict[str, tuple[str, ...]] = {  # options that each kind must be given
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": (),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
+}
 
 
 def tables(rope: Rope, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines, float32 ``[tokens, dim / 2]``, for int64 ``positions`` ``[tokens]``."""
-    options = dict(rope.options)
     if rope.kind == "dynamic":
-        angles = positions[:, None] * _dynamic(rope, options, positions)
+        angles = positions[:, None] * _dynamic(rope, dict(rope.options), positions)
         return angles.cos(), angles.sin()
-    inverse, amplitude = _frequencies(rope, options)
+    inverse, amplitude = _frequencies(rope)
     angles = positions[:, None].float() * inverse.to(positions.device)
     return angles.cos() * amplitude, angles.sin() * amplitude
 
@@ -50,8 +57,10 @@ def _number(options: dict[str, object], name: str, default: float) -> float:
     return float(value) if isinstance(value, (int, float)) else default
 
 
-def _frequencies(rope: Rope, options: dict[str, object]) -> tuple[Tensor, float]:
+@functools.lru_cache(maxsize=64)
+def _frequencies(rope: Rope) -> tuple[Tensor, float]:
     """Inverse frequencies ``[dim / 2]`` and the factor on cosines and sines."""
+    options = dict(rope.options)
     inverse = _plain(rope.theta, rope.dim)
     factor = _number(options, "factor", 1.0)
     if rope.kind == "linear":

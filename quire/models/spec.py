@@ -76,8 +76,9 @@ class ModelSpec:
     ``placement``: "pre" normalises the input of attention and MLP, "post" their output (OLMo 2),
     "sandwich" both (Gemma), "parallel" feeds both from the layer's input (GPT-NeoX). ``qk_norm``:
     per head, over the full width, or none. ``gated``: the MLP is ``down(act(gate) * up)``.
-    ``interleaved_qkv``: the fused matrix holds q, k, v head by head. ``scale`` multiplies the
-    attention scores, ``softcap`` bounds them (Gemma 2), ``final_softcap`` bounds the logits.
+    ``interleaved_qkv``: the fused matrix holds q, k, v head by head. ``qkv_bias``, ``out_bias``,
+    ``mlp_bias``: which projections have biases. ``scale`` multiplies the attention scores,
+    ``softcap`` bounds them (Gemma 2), ``final_softcap`` bounds the logits.
     """
 
     architecture: str
@@ -99,6 +100,9 @@ class ModelSpec:
     qk_norm: Literal["head", "full"] | None = None
     gated: bool = True
     interleaved_qkv: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
     embed_scale: float | None = None
     softcap: float | None = None
     final_softcap: float | None = None

@@ -18,6 +18,7 @@ LEVELS = [
     {"schedule", "models", "decode"},
     {"attention", "weights"},
     {"kv"},
+    {"kernels"},
     {"errors"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from quire.attention.segments import Item
-from quire.kv.arena import Arena
+from quire.kv.arena import Arena, TiledArena
 
 
 def attend(
-    arena: Arena,
+    arena: Arena | TiledArena,
     layer: int,
     q: Tensor,
     items: list[Item],
@@ -41,8 +41,9 @@ def attend(
                 if segment.kept is not None:
                     length = min(length, int(segment.kept[layer, kv_head]))
                 slots = torch.from_numpy(segment.slots[:length]).to(q.device)
-                keys.append(arena.keys[layer, kv_head, slots].float())
-                values.append(arena.values[layer, kv_head, slots].float())
+                k, v = arena.read(layer, slots)  # [kv_heads, length, head_dim]
+                keys.append(k[kv_head].float())
+                values.append(v[kv_head].float())
                 positions.append(torch.arange(first, first + length, device=q.device))
             key_at = torch.cat(positions)[None, :]
             visible = key_at <= at

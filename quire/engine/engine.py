@@ -16,8 +16,9 @@ from quire.engine.limits import PAGE_TOKENS, Limits
 from quire.engine.request import EngineRequest, EngineResult, SampleResult
 from quire.engine.runner import Runner
 from quire.engine.world import Work, World
-from quire.errors import EngineStallError
-from quire.kv.arena import Arena, token_bytes
+from quire.errors import EngineStallError, InvalidRequestError
+from quire.attention import native
+from quire.kv.arena import Arena, TiledArena, token_bytes
 from quire.models.decoder import Decoder
 from quire.models.tokenizer import Detokenizer, Tokenizer
 from quire.schedule.state import Policy
@@ -73,6 +74,7 @@ class Engine:
         chunk: int,
         eos_ids: tuple[int, ...] = (),
         plain: bool = False,
+        deterministic: bool = False,
     ) -> None:
         spec = model.spec
         layers = len(spec.layers)
@@ -80,10 +82,17 @@ class Engine:
         self.limits = Limits.make(spec.context, kv_bytes, size)
         pages = self.limits.pages
         self.world = World(pages, PAGE_TOKENS, chunk, policy)
-        arena = Arena.make(
-            layers, spec.kv_heads, spec.head_dim, pages * PAGE_TOKENS, model.dtype, model.device
-        )
-        self.runner = Runner(model, arena, plain)
+        sizes = (layers, spec.kv_heads, spec.head_dim, pages * PAGE_TOKENS, model.dtype)
+        tiled = native.fits(torch.empty(0, dtype=model.dtype, device=model.device), spec.head_dim)
+        if deterministic and not tiled:
+            raise InvalidRequestError(
+                "Deterministic mode needs the native CPU kernels, float32 or bfloat16, and heads "
+                f"of a multiple of 16 up to {native.LONGEST_HEAD} wide.",
+                field="deterministic",
+                action="quire info tells which kernels are live and why.",
+            )
+        arena = TiledArena.make(*sizes) if tiled else Arena.make(*sizes, model.device)
+        self.runner = Runner(model, arena, plain, deterministic)
         self.tokenizer = tokenizer
         self.eos_ids = eos_ids
         self.times = Times()

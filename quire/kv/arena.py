@@ -1,4 +1,8 @@
-"""The arena: the tensors that hold keys and values, one slot a token."""
+"""The arena: the tensors that hold keys and values, one slot a token.
+
+Two layouts with one interface: `Arena`, plain matrices for PyTorch operators, and `TiledArena`, the
+tiles that the native kernels read.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from quire.kernels.native import PAGE
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,49 @@ class Arena:
         """Store ``k``, ``v`` ``[tokens, kv_heads, head_dim]`` at ``slots`` int64 ``[tokens]``."""
         self.keys[layer].index_copy_(1, slots, k.transpose(0, 1))
         self.values[layer].index_copy_(1, slots, v.transpose(0, 1))
+
+    def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of ``slots`` int64 ``[n]``: each ``[kv_heads, n, head_dim]``."""
+        return self.keys[layer][:, slots], self.values[layer][:, slots]
+
+
+@dataclass(frozen=True)
+class TiledArena:
+    """Pages of 16 slots as the kernels multiply them.
+
+    With ``p`` elements in 32 bits (bfloat16: 2, float32: 1), ``keys`` is ``[layers, kv_heads,
+    pages, head_dim / p, 16, p]``, a page transposed, and ``values`` ``[layers, kv_heads, pages,
+    16 / p, head_dim, p]``, so that neighbours along the inner dimension of a product share a word.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    @classmethod
+    def make(
+        cls, layers: int, kv_heads: int, head_dim: int, slots: int, dtype: torch.dtype
+    ) -> TiledArena:
+        """Reserve the memory. Slots never written must hold finite numbers, hence the zeros."""
+        pack = 4 // dtype.itemsize
+        pages = slots // PAGE
+        return cls(
+            torch.zeros((layers, kv_heads, pages, head_dim // pack, PAGE, pack), dtype=dtype),
+            torch.zeros((layers, kv_heads, pages, PAGE // pack, head_dim, pack), dtype=dtype),
+        )
+
+    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store ``k``, ``v`` ``[tokens, kv_heads, head_dim]`` at ``slots`` int64 ``[tokens]``."""
+        page, place, pack = slots // PAGE, slots % PAGE, self.keys.shape[-1]
+        heads = torch.arange(k.shape[1])[:, None]
+        self.keys[layer][heads, page, :, place] = k.transpose(0, 1).unflatten(-1, (-1, pack))
+        self.values[layer][heads, page, place // pack, :, place % pack] = v.transpose(0, 1)
+
+    def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of ``slots`` int64 ``[n]``: each ``[kv_heads, n, head_dim]``."""
+        page, place, pack = slots // PAGE, slots % PAGE, self.keys.shape[-1]
+        heads = torch.arange(self.keys.shape[1])[:, None]
+        keys = self.keys[layer][heads, page, :, place].flatten(2)
+        return keys, self.values[layer][heads, page, place // pack, :, place % pack]
 
 
 def token_bytes(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:

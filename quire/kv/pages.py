@@ -43,6 +43,15 @@ class Segment:
         """Tokens that can still be appended without a new page."""
         return len(self.slots) - self.length
 
+    def tiles(self, size: int) -> tuple[int, NDArray[np.int32]]:
+        """The pages of ``size`` slots, in order, and the first slot's offset in its page."""
+        if not self.length:
+            return 0, np.empty(0, dtype=np.int32)
+        slots = self.slots[: self.length]
+        offset = int(slots[0]) % size
+        starts = slots[::size] if not offset else np.append(slots[0], slots[size - offset :: size])
+        return offset, (starts // size).astype(np.int32)
+
     def runs(self, start: int, stop: int) -> list[Extent]:
         """The slot ranges of tokens ``[start, stop)``, in order."""
         found: list[Extent] = []

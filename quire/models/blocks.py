@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from quire.kernels import native
 from quire.models.spec import Experts, Norm
 from quire.weights.linear import Linear
 
@@ -37,6 +38,8 @@ class Normalise:
         """``x`` ``[..., width]`` -> the same shape and dtype."""
         if self.kind == "layer":
             return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        if native.fits(x):
+            return native.rms_norm(x, self.weight, self.eps, plus_one=self.kind == "rms+1")
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         if self.kind == "rms+1":  # the product in float32 too (Gemma)
@@ -50,16 +53,27 @@ class MLP:
 
     up: Linear
     down: Linear
-    act: Activation
+    activation: str
     gated: bool
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """``x`` ``[tokens, hidden]`` -> the same shape."""
+    def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """``x`` ``[tokens, hidden]`` -> the same shape, plus ``add``."""
         wide = self.up(x)
-        if self.gated:
-            gate, wide = wide.chunk(2, dim=-1)
-            return self.down(self.act(gate) * wide)
-        return self.down(self.act(wide))
+        return self.down(gate(wide, self.activation) if self.gated else self._act(wide), add)
+
+    def _act(self, x: Tensor) -> Tensor:
+        return ACTIVATIONS[self.activation](x)
+
+
+def gate(wide: Tensor, activation: str) -> Tensor:
+    """``act(gate) * up`` of ``wide`` ``[tokens, 2 * width]``, gate first."""
+    kernel = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}.get(
+        activation, activation
+    )
+    if native.fits(wide) and kernel in native.ACTIVATIONS:
+        return native.gate(wide, kernel)
+    half, up = wide.chunk(2, dim=-1)
+    return ACTIVATIONS[activation](half) * up
 
 
 @dataclass(frozen=True)
@@ -70,8 +84,8 @@ class MixtureOfExperts:
     experts: tuple[MLP, ...]
     spec: Experts
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """``x`` ``[tokens, hidden]`` -> the same shape; tokens are grouped by expert."""
+    def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """``x`` ``[tokens, hidden]`` -> the same shape, plus ``add``; tokens go by expert."""
         weights, chosen = self.router(x).float().softmax(-1).topk(self.spec.top, dim=-1)
         if self.spec.renormalise:
             weights = weights / weights.sum(-1, keepdim=True)
@@ -87,4 +101,4 @@ class MixtureOfExperts:
                 result = expert(x[token[part]]) * scaled[part, None]
                 out.index_add_(0, token[part], result)
                 start += size
-        return out
+        return out if add is None else add + out

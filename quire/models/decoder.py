@@ -11,6 +11,7 @@ from torch import Tensor
 from quire.models import rope
 from quire.models.blocks import MLP, MixtureOfExperts, Normalise
 from quire.models.spec import LayerSpec, ModelSpec, Rope
+from quire.weights.dense import DenseProduct
 from quire.weights.linear import Linear
 
 Angles = dict[Rope, tuple[Tensor, Tensor]]
@@ -19,13 +20,16 @@ Angles = dict[Rope, tuple[Tensor, Tensor]]
 class Attend(Protocol):
     """Attention of one layer, given by the engine.
 
-    ``q`` ``[tokens, heads, head_dim]``, ``k`` and ``v`` ``[tokens, kv_heads, head_dim]``, after
-    normalisation and rotation. Stores k and v, reads what each token may see under the layer's
-    window, applies scale and soft cap, and returns ``[tokens, heads, head_dim]``.
+    ``q`` ``[tokens, heads, head_dim]``, ``k`` and ``v`` ``[tokens, kv_heads, head_dim]``, views of
+    one matrix, which it may overwrite. Rotates q and k by ``rotation`` (cosines and sines float32
+    ``[tokens, rotated / 2]``; None: not at all), stores k and v, reads what each token may see
+    under the layer's window, applies scale and soft cap, and returns ``[tokens, heads, head_dim]``.
     """
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store and attend."""
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """Rotate, store and attend."""
         ...
 
 
@@ -47,7 +51,7 @@ class Decoder:
     """A loaded model."""
 
     spec: ModelSpec
-    embedding: Tensor  # [vocab, hidden]
+    embedding: DenseProduct  # [vocab, hidden]
     layers: tuple[Layer, ...]
     final_norm: Normalise
     head: Linear
@@ -60,11 +64,11 @@ class Decoder:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.embedding.device
+        return self.embedding.values.device
 
     def forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Final hidden states ``[tokens, hidden]``; ``ids``, ``positions`` int64 ``[tokens]``."""
-        x = self.embedding[ids]
+        x = self.embedding.rows(ids)
         if self.spec.embed_scale is not None:
             x = x * torch.tensor(self.spec.embed_scale, dtype=x.dtype, device=x.device)
         ropes = {layer.spec.rope for layer in self.layers} - {None}
@@ -80,23 +84,31 @@ class Decoder:
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _layer(self, index: int, layer: Layer, x: Tensor, angles: Angles, attend: Attend) -> Tensor:
+        def attention(x: Tensor, add: Tensor | None = None) -> Tensor:
+            return self._attention(index, layer, x, add, angles, attend)
+
         norms = layer.norms
         match self.spec.placement:
             case "pre":
-                x = x + self._attention(index, layer, norms[0](x), angles, attend)
-                return x + layer.mlp(norms[1](x))
+                x = attention(norms[0](x), add=x)
+                return layer.mlp(norms[1](x), add=x)
             case "post":
-                x = x + norms[0](self._attention(index, layer, x, angles, attend))
+                x = x + norms[0](attention(x))
                 return x + norms[1](layer.mlp(x))
             case "sandwich":
-                x = x + norms[1](self._attention(index, layer, norms[0](x), angles, attend))
+                x = x + norms[1](attention(norms[0](x)))
                 return x + norms[3](layer.mlp(norms[2](x)))
             case "parallel":
-                attention = self._attention(index, layer, norms[0](x), angles, attend)
-                return x + attention + layer.mlp(norms[1](x))
+                return layer.mlp(norms[1](x), add=attention(norms[0](x), add=x))
 
     def _attention(
-        self, index: int, layer: Layer, x: Tensor, angles: Angles, attend: Attend
+        self,
+        index: int,
+        layer: Layer,
+        x: Tensor,
+        add: Tensor | None,
+        angles: Angles,
+        attend: Attend,
     ) -> Tensor:
         spec = self.spec
         widths = [h * spec.head_dim for h in (spec.heads, spec.kv_heads, spec.kv_heads)]
@@ -106,7 +118,5 @@ class Decoder:
         q, k, v = (t.view(len(t), -1, spec.head_dim) for t in (q, k, v))
         if spec.qk_norm == "head" and layer.q_norm and layer.k_norm:
             q, k = layer.q_norm(q), layer.k_norm(k)
-        if layer.spec.rope is not None:
-            cos, sin = angles[layer.spec.rope]
-            q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
-        return layer.out(attend(index, q, k, v).flatten(1))
+        rotation = angles[layer.spec.rope] if layer.spec.rope is not None else None
+        return layer.out(attend(index, q, k, v, rotation).flatten(1), add)

@@ -11,12 +11,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quire.errors import CheckpointError
-from quire.models.blocks import ACTIVATIONS, MLP, MixtureOfExperts, Normalise
+from quire.models.blocks import MLP, MixtureOfExperts, Normalise
 from quire.models.config import Config
 from quire.models.decoder import Decoder, Layer
 from quire.models.registry import spec_from_config
 from quire.models.spec import LayerSpec, ModelSpec
 from quire.models.tokenizer import read_json
+from quire.weights.dense import DenseProduct
 from quire.weights.linear import Linear
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -182,7 +183,7 @@ class _Loader:
     def decoder(self) -> Decoder:
         spec, names = self.spec, self.spec.names
         table = (spec.vocab_size, spec.hidden_size)
-        embedding = self.tensor(f"{names.embed}.weight", table)
+        embedding = DenseProduct.make(self.tensor(f"{names.embed}.weight", table))
         head = Linear(embedding)
         if spec.tied:
             self.checkpoint.used.add(f"{names.head}.weight")
@@ -232,7 +233,7 @@ class _Loader:
             for name, width in zip(names, widths, strict=True)
             if bias
         ]
-        return Linear(_one(weights), _one(biases) if bias else None)
+        return Linear(DenseProduct.make(_one(weights)), _one(biases) if bias else None)
 
     def layer(self, index: int, layer: LayerSpec) -> Layer:
         spec = self.spec
@@ -270,7 +271,7 @@ class _Loader:
         return MLP(
             self.linear(up, widths, spec.hidden_size, bias=spec.mlp_bias),
             self.linear((down,), spec.hidden_size, width, bias=spec.mlp_bias),
-            ACTIVATIONS[spec.activation],
+            spec.activation,
             spec.gated,
         )
 
@@ -301,11 +302,7 @@ def _one(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _separate_heads(qkv: Linear, heads: int) -> Linear:
+def _separate_heads(tensor: Tensor, heads: int) -> Tensor:
     """Reorder rows from (head, [q k v], dim) to ([q k v], head, dim)."""
-
-    def reorder(tensor: Tensor) -> Tensor:
-        parts = tensor.view(heads, 3, -1, *tensor.shape[1:])  # [heads, 3, head_dim, ...]
-        return parts.transpose(0, 1).reshape(tensor.shape)
-
-    return Linear(reorder(qkv.weight), None if qkv.bias is None else reorder(qkv.bias))
+    parts = tensor.view(heads, 3, -1, *tensor.shape[1:])  # [heads, 3, head_dim, ...]
+    return parts.transpose(0, 1).reshape(tensor.shape)

@@ -1,0 +1,125 @@
+"""Attention over segments with the native kernels: the step's reads as arrays of numbers.
+
+All reads of a step go into one plan, which the kernels cut into tasks of like cost. The readers of
+a node are one range of rows and its keys one list of pages, so a node is read once for all of them,
+in prefill and decode alike; nothing is padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from quire.attention.segments import Item
+from quire.kernels import native
+from quire.kv.arena import TiledArena
+from quire.kv.pages import Segment
+
+LONGEST_HEAD = 256
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the plan must know of the model."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step's reads under one window; made once, used by every layer with that window."""
+
+    tasks: object
+
+    @classmethod
+    def make(
+        cls, items: Sequence[Item], shape: Shape, window: int | None, *, in_order: bool = False
+    ) -> Plan:
+        """Plan the reads of ``items`` (sorted by key).
+
+        ``in_order``: sums follow each row's path, so that its result does not depend on the other
+        rows nor on where segments begin.
+        """
+        reads: dict[int, list[int]] = {}  # segment -> row, rows, first page, offset, keys, position
+        segments: list[Segment] = []
+        pages: list[NDArray[np.int32]] = []
+        own: list[tuple[Segment, list[int]]] = []
+        listed = row = 0
+
+        def read(segment: Segment, position: int) -> list[int]:
+            nonlocal listed
+            offset, its_pages = segment.tiles(native.PAGE)
+            pages.append(its_pages)
+            listed += len(its_pages)
+            return [row, 0, listed - len(its_pages), offset, segment.length, position]
+
+        for item in items:
+            for segment, position in item.before:
+                if id(segment) not in reads:
+                    reads[id(segment)] = read(segment, position)
+                    segments.append(segment)
+                entry = reads[id(segment)]
+                entry[1] = row + item.count - entry[0]
+            entry = read(item.segment, item.start + item.count - item.segment.length)
+            entry[1] = item.count
+            own.append((item.segment, entry))
+            row += item.count
+        segments.extend(segment for segment, _ in own)
+        positions = [np.arange(item.start, item.start + item.count) for item in items]
+        return cls(
+            native.make_plan(
+                np.array([*reads.values(), *(entry for _, entry in own)], dtype=np.int64),
+                np.concatenate(pages),
+                np.concatenate(positions),
+                _kept(segments, shape),
+                shape.layers,
+                shape.kv_heads,
+                shape.heads // shape.kv_heads,
+                shape.head_dim,
+                window or 0,
+                in_order,
+            )
+        )
+
+
+def _kept(segments: Sequence[Segment], shape: Shape) -> NDArray[np.int32] | None:
+    """Valid leading keys int32 ``[reads, layers, kv_heads]``; None where all of them are."""
+    if all(segment.kept is None for segment in segments):
+        return None
+    full = np.ones((shape.layers, shape.kv_heads), dtype=np.int32)
+    return np.stack(
+        [
+            full * s.length if s.kept is None else np.minimum(s.kept, s.length).astype(np.int32)
+            for s in segments
+        ]
+    )
+
+
+def attend(
+    arena: TiledArena,
+    layer: int,
+    q: Tensor,
+    plan: Plan,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention of every row over all the KV on its path; see `reference.attend`.
+
+    ``q`` ``[tokens, heads, head_dim]``, tokens any distance apart -> the same shape, contiguous.
+    """
+    return native.attend(
+        plan.tasks, layer, q, arena.keys[layer], arena.values[layer], scale, softcap
+    )
+
+
+def fits(like: Tensor, head_dim: int) -> bool:
+    """Whether the kernels can attend in ``like``'s dtype and device with such heads."""
+    return native.fits(like) and head_dim % 16 == 0 and head_dim <= LONGEST_HEAD

@@ -1,0 +1,126 @@
+// What the kernels take and give, for every instruction set: plain pointers and sizes.
+//
+// All matrices are row-major and dense unless a stride is named; strides count elements. `bf16`
+// arguments say whether activations are bfloat16 (true) or float32 (false).
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace quire {
+
+constexpr int64_t PAGE = 16;  // tokens of a KV page: one tile
+
+// One step's reads of the KV arena: read i lets rows [row, row + rows) see `keys` tokens, which
+// lie in `pages[page...]` from slot `offset` of the first page on; token j stands at `position + j`.
+struct Read {
+    int64_t row, rows, page, offset, keys, position;
+};
+
+struct AttentionTask {
+    int64_t read, row, rows, first_key, last_key;  // rows are tokens of the step
+    int64_t scratch;  // first float of its partial results, or -1: writes the result itself
+};
+
+struct Part {
+    int64_t scratch;  // of the row's first head within KV head 0
+};
+
+// The reads of a step cut into tasks of like cost, and for each row the partial results to merge.
+struct AttentionPlan {
+    std::vector<Read> reads;
+    std::vector<int32_t> pages;
+    std::vector<int64_t> positions;  // [tokens]
+    std::vector<int32_t> kept;       // [reads, layers, kv_heads] leading keys that are valid, or none
+    std::vector<AttentionTask> tasks;
+    std::vector<int64_t> bundles;  // bundle b is tasks [bundles[b], bundles[b + 1])
+    bool in_order;  // sums are taken in the order of the path; bundles are then levels of it
+    std::vector<int64_t> part_start;  // [tokens + 1]
+    std::vector<Part> parts;
+    int64_t layers, kv_heads, group, head_dim, window, scratch_floats;  // of one KV head
+};
+
+struct AttentionArgs {
+    const AttentionPlan* plan;
+    const void* q;  // [tokens, heads, head_dim], tokens `q_stride` apart
+    int64_t q_stride;
+    void* out;           // [tokens, heads, head_dim]
+    const void* keys;    // [kv_heads, pages, head_dim / pack, 16, pack] of this layer
+    const void* values;  // [kv_heads, pages, 16 / pack, head_dim, pack]
+    int64_t head_stride;  // elements between KV heads
+    int64_t layer;
+    float scale, softcap;  // softcap 0: none
+    float* scratch;        // [kv_heads, scratch_floats]
+    bool bf16;
+};
+
+// Rotates q in place (and k on the way) and stores k and v in the arena.
+struct RotateArgs {
+    void *q, *k;    // [tokens, heads or kv_heads, head_dim], tokens `stride` apart
+    const void* v;
+    int64_t q_stride, k_stride, v_stride;
+    const float *cos, *sin;  // [tokens, rotated / 2]; rotated 0: no rotation
+    const int64_t* slots;    // [tokens]
+    void *keys, *values;     // as in AttentionArgs
+    int64_t head_stride, tokens, heads, kv_heads, head_dim, rotated;
+    bool bf16;
+};
+
+struct NormArgs {
+    const void* x;  // [rows, width], rows `stride` apart
+    void* out;      // [rows, width]
+    const void* weight;
+    int64_t rows, width, stride;
+    float eps, add;  // multiplies by weight + add
+    bool bf16;
+};
+
+enum Activation : int64_t { SILU = 0, GELU = 1, GELU_TANH = 2, RELU = 3 };
+
+struct GateArgs {
+    const void* x;  // [rows, 2 * width]: gate, then up
+    void* out;      // [rows, width]
+    int64_t rows, width, activation;
+    bool bf16;
+};
+
+// out = x W^T (+ bias) (+ add), for W packed by `pack_*`.
+struct ProductArgs {
+    const void* x;       // [rows, in], rows `x_stride` apart
+    int64_t x_stride;
+    void* out;           // [rows, out]
+    const void* bias;    // [outs] or null
+    const void* add;     // [rows, outs] or null; may be `out`
+    int64_t rows, ins, outs;
+    bool bf16;
+    const void* weight;
+    const float* scales;   // int8: [outs]; grouped: [outs / 16, groups, 16]
+    const float* offsets;  // grouped: as scales, or null
+    const int32_t* sums;   // int8: [outs] sums of a column's weights
+    int64_t bits, group;   // grouped
+    bool small;            // grouped: may use the path for few rows
+};
+
+struct SampleArgs {
+    const float* logits;  // [rows, vocab]
+    int64_t rows, vocab;
+    const float *temperature, *top_p, *min_p;  // [rows]
+    const int64_t* top_k;                      // [rows]; 0: all
+    const double* draws;                       // [rows] in [0, 1)
+    int64_t* chosen;                           // [rows]
+};
+
+struct Kernels {
+    const char* name;
+    void (*attend)(const AttentionArgs&);
+    void (*rotate_append)(const RotateArgs&);
+    void (*rms_norm)(const NormArgs&);
+    void (*gate)(const GateArgs&);
+    void (*dense)(const ProductArgs&);
+    void (*int8)(const ProductArgs&);
+    void (*grouped)(const ProductArgs&);
+    void (*argmax)(const float* logits, int64_t rows, int64_t vocab, int64_t* chosen);
+    void (*sample)(const SampleArgs&);
+};
+
+}  // namespace quire

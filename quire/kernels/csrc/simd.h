@@ -1,0 +1,344 @@
+// Sixteen-lane vectors over whatever the target has, and the three products that all kernels use.
+//
+// Compiled once for each instruction set (see CMakeLists.txt): `QUIRE_ISA` names the namespace and
+// the compiler's flags decide how many registers a vector takes. A *unit* is 32 bits of a matrix:
+// one float, a pair of bfloat16 or four int8, which lie next to each other along the inner
+// dimension. Sixteen units make a *tile row* of 64 bytes: one unit for each of 16 columns.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define QUIRE_INLINE inline __attribute__((always_inline))
+
+namespace quire::QUIRE_ISA {
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+constexpr int LANES = 16;   // floats in a register
+constexpr int MAX_ROWS = 6, MAX_TILES = 4;  // of a register block of `product`
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+constexpr int MAX_ROWS = 3, MAX_TILES = 2;
+#else
+constexpr int LANES = 4;
+constexpr int MAX_ROWS = 2, MAX_TILES = 1;
+#endif
+constexpr int WIDTH = 16;
+constexpr int PARTS = WIDTH / LANES;
+
+typedef float NativeF __attribute__((vector_size(LANES * 4)));
+typedef int32_t NativeI __attribute__((vector_size(LANES * 4)));
+typedef uint32_t NativeU __attribute__((vector_size(LANES * 4)));
+typedef uint16_t NativeH __attribute__((vector_size(LANES * 2)));
+typedef uint8_t NativeB __attribute__((vector_size(LANES)));
+typedef int8_t NativeS __attribute__((vector_size(LANES)));
+
+struct F { NativeF part[PARTS]; };
+struct I { NativeI part[PARTS]; };
+struct U { NativeU part[PARTS]; };
+
+#define QUIRE_EACH _Pragma("GCC unroll 4") for (int p = 0; p < PARTS; ++p)
+
+QUIRE_INLINE F splat(float x) { F r; QUIRE_EACH r.part[p] = x - NativeF{}; return r; }
+QUIRE_INLINE I splat_int(int32_t x) { I r; QUIRE_EACH r.part[p] = x - NativeI{}; return r; }
+QUIRE_INLINE F load(const float* at) { F r; std::memcpy(&r, at, sizeof r); return r; }
+QUIRE_INLINE U load_units(const void* at) { U r; std::memcpy(&r, at, sizeof r); return r; }
+QUIRE_INLINE void store(float* at, F x) { std::memcpy(at, &x, sizeof x); }
+QUIRE_INLINE void store(int32_t* at, I x) { std::memcpy(at, &x, sizeof x); }
+QUIRE_INLINE I load(const int32_t* at) { I r; std::memcpy(&r, at, sizeof r); return r; }
+
+QUIRE_INLINE F operator+(F a, F b) { F r; QUIRE_EACH r.part[p] = a.part[p] + b.part[p]; return r; }
+QUIRE_INLINE F operator-(F a, F b) { F r; QUIRE_EACH r.part[p] = a.part[p] - b.part[p]; return r; }
+QUIRE_INLINE F operator*(F a, F b) { F r; QUIRE_EACH r.part[p] = a.part[p] * b.part[p]; return r; }
+QUIRE_INLINE F operator/(F a, F b) { F r; QUIRE_EACH r.part[p] = a.part[p] / b.part[p]; return r; }
+QUIRE_INLINE F fma(F a, F b, F c) {
+    F r; QUIRE_EACH r.part[p] = a.part[p] * b.part[p] + c.part[p]; return r;
+}
+QUIRE_INLINE F max(F a, F b) {
+    F r; QUIRE_EACH r.part[p] = a.part[p] > b.part[p] ? a.part[p] : b.part[p]; return r;
+}
+QUIRE_INLINE F min(F a, F b) {
+    F r; QUIRE_EACH r.part[p] = a.part[p] < b.part[p] ? a.part[p] : b.part[p]; return r;
+}
+QUIRE_INLINE F abs(F a) {
+    F r; QUIRE_EACH r.part[p] = (NativeF)((NativeU)a.part[p] & 0x7fffffffu); return r;
+}
+QUIRE_INLINE F to_float(I a) {
+    F r; QUIRE_EACH r.part[p] = __builtin_convertvector(a.part[p], NativeF); return r;
+}
+QUIRE_INLINE I operator+(I a, I b) { I r; QUIRE_EACH r.part[p] = a.part[p] + b.part[p]; return r; }
+QUIRE_INLINE I operator-(I a, I b) { I r; QUIRE_EACH r.part[p] = a.part[p] - b.part[p]; return r; }
+
+QUIRE_INLINE float sum(F a) {
+    NativeF s = a.part[0];
+    for (int p = 1; p < PARTS; ++p) s += a.part[p];
+    float parts[LANES], total = 0;
+    std::memcpy(parts, &s, sizeof s);
+    for (int i = 0; i < LANES; ++i) total += parts[i];
+    return total;
+}
+QUIRE_INLINE float max_lane(F a) {
+    float parts[WIDTH];
+    std::memcpy(parts, &a, sizeof a);
+    for (int step = WIDTH / 2; step; step /= 2)
+        for (int i = 0; i < step; ++i) parts[i] = parts[i] > parts[i + step] ? parts[i] : parts[i + step];
+    return parts[0];
+}
+
+// bfloat16 is the upper half of a float.
+struct bf16 { uint16_t bits; };
+
+QUIRE_INLINE float to_float(bf16 x) {
+    uint32_t bits = uint32_t(x.bits) << 16;
+    float r;
+    std::memcpy(&r, &bits, 4);
+    return r;
+}
+QUIRE_INLINE float to_float(float x) { return x; }
+
+QUIRE_INLINE bf16 to_bf16(float x) {  // to the nearest, ties to even; NaN stays NaN
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return {uint16_t((bits >> 16) | 0x40)};
+    return {uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+template <class T> T from_float(float x);
+template <> QUIRE_INLINE float from_float<float>(float x) { return x; }
+template <> QUIRE_INLINE bf16 from_float<bf16>(float x) { return to_bf16(x); }
+
+QUIRE_INLINE F load(const bf16* at) {
+    F r;
+    QUIRE_EACH {
+        NativeH half;
+        std::memcpy(&half, at + p * LANES, sizeof half);
+        r.part[p] = (NativeF)(__builtin_convertvector(half, NativeU) << 16);
+    }
+    return r;
+}
+QUIRE_INLINE void store(bf16* at, F x) {
+#if defined(__AVX512BF16__)
+    __m256bh r = _mm512_cvtneps_pbh((__m512)x.part[0]);
+    std::memcpy(at, &r, sizeof r);
+#else
+    QUIRE_EACH {
+        NativeU bits = (NativeU)x.part[p];
+        NativeU rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+        NativeU quiet = (bits >> 16) | 0x40;
+        NativeH half = __builtin_convertvector(
+            (bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded, NativeH);
+        std::memcpy(at + p * LANES, &half, sizeof half);
+    }
+#endif
+}
+
+// The first `count` (1 to 16) lanes only; the others read as zero and are not written.
+template <class T> QUIRE_INLINE F load_some(const T* at, int64_t count) {
+    if (count >= WIDTH) return load(at);
+    T padded[WIDTH] = {};
+    std::memcpy(padded, at, count * sizeof(T));
+    return load(padded);
+}
+template <class T> QUIRE_INLINE void store_some(T* at, F x, int64_t count) {
+    if (count >= WIDTH) return store(at, x);
+    T padded[WIDTH];
+    store(padded, x);
+    std::memcpy(at, padded, count * sizeof(T));
+}
+
+// 2^x, relative error below 2e-7; 0 below 2^-126. Polynomial on [-1/2, 1/2].
+QUIRE_INLINE F exp2(F x) {
+    F r;
+    QUIRE_EACH {
+        NativeF v = x.part[p];
+        auto tiny = v < -126.0f;
+        v = tiny ? NativeF{} : v;
+        v = v > 127.0f ? NativeF{} + 127.0f : v;
+        NativeF shifted = v + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low bits
+        NativeF f = v - (shifted - 12582912.0f);
+        NativeF y = 1.535336188319500e-4f * f + 1.339887440266574e-3f;
+        y = y * f + 9.618437357674640e-3f;
+        y = y * f + 5.550332471162809e-2f;
+        y = y * f + 2.402264791363012e-1f;
+        y = y * f + 6.931472028550421e-1f;
+        y = y * f + 1.0f;
+        y = (NativeF)((NativeU)y + ((NativeU)shifted << 23));
+        r.part[p] = tiny ? NativeF{} : y;
+    }
+    return r;
+}
+constexpr float LOG2E = 1.4426950408889634f;
+
+QUIRE_INLINE F exp(F x) { return exp2(x * splat(LOG2E)); }
+QUIRE_INLINE F sigmoid(F x) { return splat(1) / (splat(1) + exp(splat(0) - x)); }
+QUIRE_INLINE F tanh(F x) {  // 2 sigmoid(2x) - 1, odd, exact enough near 0 for scores and gates
+    F a = abs(x);
+    F e = exp(splat(-2) * a);
+    F t = (splat(1) - e) / (splat(1) + e);
+    F r;
+    QUIRE_EACH r.part[p] =
+        (NativeF)((NativeU)t.part[p] | ((NativeU)x.part[p] & 0x80000000u));
+    return r;
+}
+
+// Element types of matrices: how a unit is multiplied into a 32-bit accumulator.
+struct Float {
+    using Chain = Float;
+    using Element = float;
+    using Acc = F;
+    using Out = float;
+    static constexpr int PACK = 1;
+    static QUIRE_INLINE Acc zero() { return splat(0); }
+    static QUIRE_INLINE Acc dot(Acc acc, uint32_t a, U b) {
+        float x;
+        std::memcpy(&x, &a, 4);
+        QUIRE_EACH acc.part[p] = x * (NativeF)b.part[p] + acc.part[p];
+        return acc;
+    }
+};
+
+struct Bf16Chain {  // one rounding for each of the pair's two products, in order
+    using Element = bf16;
+    using Acc = F;
+    using Out = float;
+    static constexpr int PACK = 2;
+    static QUIRE_INLINE Acc zero() { return splat(0); }
+    static QUIRE_INLINE Acc dot(Acc acc, uint32_t a, U b) {
+        float low, high;
+        uint32_t bits = a << 16;
+        std::memcpy(&low, &bits, 4);
+        bits = a & 0xffff0000u;
+        std::memcpy(&high, &bits, 4);
+        QUIRE_EACH {
+            acc.part[p] = low * (NativeF)(b.part[p] << 16) + acc.part[p];
+            acc.part[p] = high * (NativeF)(b.part[p] & 0xffff0000u) + acc.part[p];
+        }
+        return acc;
+    }
+};
+
+struct Bf16 : Bf16Chain {
+    using Chain = Bf16Chain;
+#if defined(__AVX512BF16__)
+    static QUIRE_INLINE Acc dot(Acc acc, uint32_t a, U b) {
+        acc.part[0] = (NativeF)_mm512_dpbf16_ps(
+            (__m512)acc.part[0], (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)b.part[0]);
+        return acc;
+    }
+#endif
+};
+
+struct Int8 {  // unsigned rows times signed columns
+    using Element = int8_t;
+    using Acc = I;
+    using Out = int32_t;
+    static constexpr int PACK = 4;
+    static QUIRE_INLINE Acc zero() { return splat_int(0); }
+    static QUIRE_INLINE Acc dot(Acc acc, uint32_t a, U b) {
+#if defined(__AVX512VNNI__)
+        acc.part[0] = (NativeI)_mm512_dpbusd_epi32(
+            (__m512i)acc.part[0], _mm512_set1_epi32(int(a)), (__m512i)b.part[0]);
+#else
+        // Even and odd bytes apart, so that no 16-bit sum can saturate.
+        uint32_t even = a & 0x00ff00ffu, odd = (a >> 8) & 0x00ff00ffu;
+        QUIRE_EACH {
+#if defined(__AVX512BW__)
+            __m512i w = (__m512i)b.part[p];
+            __m512i low = _mm512_srai_epi16(_mm512_slli_epi16(w, 8), 8);
+            __m512i high = _mm512_srai_epi16(w, 8);
+            acc.part[p] += (NativeI)_mm512_madd_epi16(_mm512_set1_epi32(int(even)), low) +
+                           (NativeI)_mm512_madd_epi16(_mm512_set1_epi32(int(odd)), high);
+#elif defined(__AVX2__)
+            __m256i w = (__m256i)b.part[p];
+            __m256i low = _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8);
+            __m256i high = _mm256_srai_epi16(w, 8);
+            acc.part[p] += (NativeI)_mm256_madd_epi16(_mm256_set1_epi32(int(even)), low) +
+                           (NativeI)_mm256_madd_epi16(_mm256_set1_epi32(int(odd)), high);
+#elif defined(__SSE2__)
+            __m128i w = (__m128i)b.part[p];
+            __m128i low = _mm_srai_epi16(_mm_slli_epi16(w, 8), 8);
+            __m128i high = _mm_srai_epi16(w, 8);
+            acc.part[p] += (NativeI)_mm_madd_epi16(_mm_set1_epi32(int(even)), low) +
+                           (NativeI)_mm_madd_epi16(_mm_set1_epi32(int(odd)), high);
+#else
+            NativeI w = (NativeI)b.part[p];
+            acc.part[p] += int32_t(even & 0xffff) * ((w << 24) >> 24) +
+                           int32_t(odd & 0xffff) * ((w << 16) >> 24) +
+                           int32_t(even >> 16) * ((w << 8) >> 24) + int32_t(odd >> 16) * (w >> 24);
+#endif
+        }
+#endif
+        return acc;
+    }
+};
+
+// out[rows, tiles * 16] (+)= a[rows, steps units] * b, for any number of rows and tiles.
+//
+// `a` has `a_stride` units between rows. Column tile c of `b` starts at `b + c * tile_stride`, its
+// step s lies `s * step_stride` units further. The inner dimension runs from first to last in one
+// chain for each result, so a row's numbers do not depend on which rows are computed beside it.
+template <class E, int R, int C>
+__attribute__((noinline)) void product_block(
+    typename E::Out* out, int64_t out_stride, const uint32_t* a, int64_t a_stride,
+    const uint32_t* b, int64_t tile_stride, int64_t step_stride, int64_t steps, bool accumulate) {
+    typename E::Acc acc[R][C];
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c)
+            acc[r][c] = accumulate ? load(out + r * out_stride + c * WIDTH) : E::zero();
+    for (int64_t s = 0; s < steps; ++s) {
+        U tile[C];
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) tile[c] = load_units(b + c * tile_stride + s * step_stride);
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r) {
+            uint32_t unit = a[r * a_stride + s];
+#pragma GCC unroll 4
+            for (int c = 0; c < C; ++c) acc[r][c] = E::dot(acc[r][c], unit, tile[c]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) store(out + r * out_stride + c * WIDTH, acc[r][c]);
+}
+
+template <class E, int C, int R = MAX_ROWS, class... Args>
+QUIRE_INLINE void product_rows(int64_t rows, Args... args) {
+    if constexpr (R > 1) {
+        if (rows < R) return product_rows<E, C, R - 1>(rows, args...);
+    }
+    product_block<E, R, C>(args...);
+}
+
+template <class E, int C = MAX_TILES>
+QUIRE_INLINE void product_tiles(
+    int64_t tiles, int64_t rows, typename E::Out* out, int64_t out_stride, const uint32_t* a,
+    int64_t a_stride, const uint32_t* b, int64_t tile_stride, int64_t step_stride, int64_t steps,
+    bool accumulate) {
+    if constexpr (C > 1) {
+        if (tiles < C)
+            return product_tiles<E, C - 1>(tiles, rows, out, out_stride, a, a_stride, b,
+                                           tile_stride, step_stride, steps, accumulate);
+    }
+    for (int64_t r = 0; r < rows; r += MAX_ROWS)
+        product_rows<E, C>(rows - r, out + r * out_stride, out_stride, a + r * a_stride, a_stride,
+                           b, tile_stride, step_stride, steps, accumulate);
+}
+
+template <class E>
+void product(typename E::Out* out, int64_t out_stride, const void* a, int64_t a_stride,
+             const void* b, int64_t tile_stride, int64_t step_stride, int64_t rows, int64_t tiles,
+             int64_t steps, bool accumulate) {
+    for (int64_t c = 0; c < tiles; c += MAX_TILES)
+        product_tiles<E>(tiles - c, rows, out + c * WIDTH, out_stride,
+                         static_cast<const uint32_t*>(a), a_stride,
+                         static_cast<const uint32_t*>(b) + c * tile_stride, tile_stride,
+                         step_stride, steps, accumulate);
+}
+
+}  // namespace quire::QUIRE_ISA

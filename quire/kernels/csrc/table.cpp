@@ -1,0 +1,24 @@
+// The kernels of one instruction set.
+
+#include "kernels.h"
+
+#define QUIRE_NAME_OF(isa) #isa
+#define QUIRE_NAME(isa) QUIRE_NAME_OF(isa)
+
+namespace quire::QUIRE_ISA {
+
+void attend(const AttentionArgs&);
+void rotate_append(const RotateArgs&);
+void rms_norm(const NormArgs&);
+void gate(const GateArgs&);
+void dense(const ProductArgs&);
+void int8(const ProductArgs&);
+void grouped(const ProductArgs&);
+void argmax(const float*, int64_t, int64_t, int64_t*);
+void sample(const SampleArgs&);
+
+extern const Kernels kernels;
+const Kernels kernels = {QUIRE_NAME(QUIRE_ISA), attend, rotate_append, rms_norm, gate, dense, int8,
+                         grouped, argmax, sample};
+
+}  // namespace quire::QUIRE_ISA

@@ -1,0 +1,298 @@
+"""The native extension: whether it is there, and its kernels as functions of tensors.
+
+Every function here needs contiguous rows of float32 or bfloat16 on the CPU (see `fits`) and checks
+shapes before it passes addresses on. What each computes is defined by the plain PyTorch code
+beside its caller; tests compare the two for every instruction set.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch  # first, so that the extension shares PyTorch's OpenMP threads
+from torch import Tensor
+
+PAGE = 16  # tokens of a tile of keys or values
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        from quire.kernels import _native
+    except ImportError as error:
+        return None, str(error)
+    return _native, ""
+
+
+_extension, missing_because = _load()
+_chosen = "plain" if _extension is None else str(_extension.active())
+
+
+def available() -> list[str]:
+    """What `use` accepts: "plain", then the instruction sets that run here, plainest first."""
+    return ["plain", *([] if _extension is None else _extension.available())]
+
+
+def active() -> str:
+    """The kernels in use: an instruction set, or "plain" for PyTorch alone."""
+    return _chosen
+
+
+def use(name: str) -> str:
+    """Choose the kernels of the whole process; returns the former choice. Raises ValueError."""
+    global _chosen
+    if name not in available():
+        raise ValueError(f"No kernels for {name!r} here; there are {', '.join(available())}.")
+    before = _chosen
+    if name != "plain":
+        _native().use(name)
+    _chosen = name
+    return before
+
+
+def warn_if_missing() -> None:
+    """Say once that the extension was not built and what that costs."""
+    if _extension is None:
+        warnings.warn(
+            "Quire's native kernels are not installed; PyTorch alone runs, several times slower. "
+            "Install a C++20 compiler and reinstall quire (quire info tells more).",
+            stacklevel=2,
+        )
+
+
+def fits(x: Tensor) -> bool:
+    """Whether native kernels can take ``x``: they are in use, on the CPU, float32 or bfloat16."""
+    return _chosen != "plain" and x.device.type == "cpu" and x.dtype in _DTYPES
+
+
+def _native() -> ModuleType:
+    assert _extension is not None, missing_because
+    return _extension
+
+
+def _is_bf16(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool = False) -> Tensor:
+    """RMS normalisation of each row of ``x`` ``[..., width]``, times ``weight`` (plus one)."""
+    width = x.shape[-1]
+    assert weight.shape == (width,) and weight.dtype == x.dtype
+    rows = x.contiguous()
+    out = torch.empty_like(rows)
+    _native().rms_norm(
+        rows.data_ptr(),
+        width,
+        out.data_ptr(),
+        weight.data_ptr(),
+        rows.numel() // width,
+        width,
+        eps,
+        1.0 if plus_one else 0.0,
+        _is_bf16(x),
+    )
+    return out
+
+
+def gate(x: Tensor, activation: str) -> Tensor:
+    """``act(gate) * up`` for ``x`` ``[rows, 2 * width]`` holding gate, then up."""
+    rows, width = x.shape[0], x.shape[1] // 2
+    assert x.is_contiguous()
+    out = x.new_empty(rows, width)
+    _native().gate(
+        x.data_ptr(), out.data_ptr(), rows, width, ACTIVATIONS.index(activation), _is_bf16(x)
+    )
+    return out
+
+
+def rotate_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotation: tuple[Tensor, Tensor] | None,
+    slots: Tensor,
+    keys: Tensor,
+    values: Tensor,
+) -> None:
+    """Rotate q and k in place and store k and v in tiles of the arena, in one pass.
+
+    ``q`` ``[tokens, heads, head_dim]``, ``k``, ``v`` ``[tokens, kv_heads, head_dim]``, tokens any
+    distance apart; ``rotation``: cosines and sines float32 ``[tokens, rotated / 2]``; ``slots``
+    int64 ``[tokens]``; ``keys``, ``values``: one layer of a `TiledArena`.
+    """
+    tokens, heads, head_dim = q.shape
+    for part in (q, k, v):
+        assert part.stride(2) == 1 and part.stride(1) == head_dim and part.dtype == keys.dtype
+    assert slots.shape == (tokens,) and slots.is_contiguous()
+    cos, sin = rotation if rotation is not None else (None, None)
+    _native().rotate_append(
+        q.data_ptr(),
+        q.stride(0),
+        k.data_ptr(),
+        k.stride(0),
+        v.data_ptr(),
+        v.stride(0),
+        _address(cos),
+        _address(sin),
+        0 if cos is None else 2 * cos.shape[1],
+        slots.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        keys.stride(0),
+        tokens,
+        heads,
+        k.shape[1],
+        head_dim,
+        _is_bf16(q),
+    )
+
+
+def attend(
+    plan: object,
+    layer: int,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """Attention of ``q`` ``[tokens, heads, head_dim]`` over a plan's reads of one layer's tiles."""
+    assert q.stride(2) == 1 and q.stride(1) == q.shape[2] and q.dtype == keys.dtype
+    out = torch.empty(q.shape, dtype=q.dtype)
+    _native().attend(
+        plan,
+        layer,
+        q.data_ptr(),
+        q.stride(0),
+        out.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        keys.stride(0),
+        scale,
+        softcap or 0.0,
+        _is_bf16(q),
+    )
+    return out
+
+
+def make_plan(*arguments: object) -> object:
+    """An attention plan; the arguments are explained in `quire/attention/native.py`."""
+    return _native().make_plan(*arguments)
+
+
+def dense(x: Tensor, weight: Tensor, outs: int, bias: Tensor | None, add: Tensor | None) -> Tensor:
+    """``x W^T + bias + add`` for ``weight`` packed by `pack_dense`; ``x`` ``[rows, in]``."""
+    out = x.new_empty(x.shape[0], outs)
+    _native().dense(*_product(x, out, bias, add), weight.data_ptr())
+    return out
+
+
+def int8(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    sums: Tensor,
+    outs: int,
+    bias: Tensor | None,
+    add: Tensor | None,
+) -> Tensor:
+    """The same for int8 tiles; each row of ``x`` is rounded to int8 on the way."""
+    out = x.new_empty(x.shape[0], outs)
+    _native().int8(
+        *_product(x, out, bias, add), weight.data_ptr(), scales.data_ptr(), sums.data_ptr()
+    )
+    return out
+
+
+def grouped(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None,
+    bits: int,
+    group: int,
+    outs: int,
+    bias: Tensor | None,
+    add: Tensor | None,
+    *,
+    few: bool = True,
+) -> Tensor:
+    """The same for grouped codes; ``few`` lets up to 8 rows take the path made for them."""
+    out = x.new_empty(x.shape[0], outs)
+    _native().grouped(
+        *_product(x, out, bias, add),
+        weight.data_ptr(),
+        scales.data_ptr(),
+        _address(offsets),
+        bits,
+        group,
+        few,
+    )
+    return out
+
+
+def _product(
+    x: Tensor, out: Tensor, bias: Tensor | None, add: Tensor | None
+) -> tuple[int, int, int, int, int, int, int, int, bool]:
+    rows, ins = x.shape
+    outs = out.shape[1]
+    assert x.stride(1) == 1 and x.stride(0) % 4 == 0
+    assert bias is None or (bias.shape == (outs,) and bias.dtype == x.dtype)
+    assert add is None or (add.shape == out.shape and add.dtype == x.dtype and add.is_contiguous())
+    return (
+        x.data_ptr(),
+        x.stride(0),
+        out.data_ptr(),
+        _address(bias),
+        _address(add),
+        rows,
+        ins,
+        outs,
+        _is_bf16(x),
+    )
+
+
+def tiles(weight: Tensor, pack: int) -> Tensor:
+    """``[outs, ins]`` as ``[outs / 16, ins / pack, 16, pack]``, outs padded with zeros."""
+    outs, ins = weight.shape
+    padded = torch.nn.functional.pad(weight, (0, 0, 0, -outs % 16))
+    return padded.view(-1, 16, ins // pack, pack).transpose(1, 2).contiguous()
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """The first largest of each row of float32 ``[rows, vocab]``: int64 ``[rows]``."""
+    assert logits.is_contiguous() and logits.dtype == torch.float32
+    chosen = torch.empty(logits.shape[0], dtype=torch.int64)
+    _native().argmax(logits.data_ptr(), *logits.shape, chosen.data_ptr())
+    return chosen
+
+
+def sample(
+    logits: Tensor,
+    temperature: Sequence[float],
+    top_k: Sequence[int],
+    top_p: Sequence[float],
+    min_p: Sequence[float],
+    draws: Tensor,
+) -> Tensor:
+    """One token a row of float32 ``[rows, vocab]``; see `quire/decode/sampling.py`."""
+    assert logits.is_contiguous() and logits.dtype == torch.float32
+    options = [torch.tensor(v, dtype=torch.float32) for v in (temperature, top_p, min_p)]
+    ranks = torch.tensor(top_k, dtype=torch.int64)
+    chosen = torch.empty(logits.shape[0], dtype=torch.int64)
+    _native().sample(
+        logits.data_ptr(),
+        *logits.shape,
+        *(option.data_ptr() for option in options),
+        ranks.data_ptr(),
+        draws.data_ptr(),
+        chosen.data_ptr(),
+    )
+    return chosen

@@ -1,0 +1,120 @@
+"""Low-bit weights in groups: codes of 4 or 8 bits, a scale and perhaps an offset for each group.
+
+Activations stay in floating point. Few rows multiply the codes as they are and scale each group's
+sum once; many rows share weights that are expanded slice by slice into the cache (the balance that
+MARLIN, arXiv 2408.11743, strikes on GPUs).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from quire.kernels import native
+from quire.weights.formats import Grouped
+
+
+@dataclass(frozen=True)
+class GroupedProduct:
+    """The ``matrix`` as it came, or ``codes`` packed for the native kernels (int32
+    ``[out / 16, in * bits / 32, 16]``) with ``scales``, ``offsets`` float32
+    ``[out / 16, groups, 16]``. ``invariant``: one path for any number of rows."""
+
+    matrix: Grouped | None
+    codes: Tensor
+    scales: Tensor
+    offsets: Tensor | None
+    bits: int
+    group: int
+    outs: int
+    invariant: bool
+
+    @classmethod
+    def make(
+        cls, matrix: Grouped, dtype: torch.dtype, *, invariant: bool = False
+    ) -> GroupedProduct:
+        """Packs the matrix if the native kernels can use it with activations of ``dtype``."""
+        codes, scales, offsets = matrix.codes, matrix.scales.float(), matrix.offsets
+        offsets = None if offsets is None else offsets.float()
+        like = torch.empty(0, dtype=dtype, device=codes.device)
+        packs = native.fits(like) and matrix.group % 16 == 0
+        if packs:
+            codes = _pack(codes, matrix.bits)
+            scales = _by_tile(scales)
+            offsets = None if offsets is None else _by_tile(offsets)
+        return cls(
+            None if packs else matrix,
+            codes,
+            scales,
+            offsets,
+            matrix.bits,
+            matrix.group,
+            matrix.shape[0],
+            invariant,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        parts = (self.codes, self.scales, self.offsets)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    def __call__(self, x: Tensor, bias: Tensor | None, add: Tensor | None) -> Tensor:
+        """``x W^T + bias + add``: ``x`` ``[rows, in]`` -> ``[rows, out]``, in x's dtype."""
+        if self.matrix is None and native.fits(x):
+            return native.grouped(
+                x,
+                self.codes,
+                self.scales,
+                self.offsets,
+                self.bits,
+                self.group,
+                self.outs,
+                bias,
+                add,
+                few=not self.invariant,
+            )
+        out = functional.linear(x, self._unpacked().dequantise().to(x.dtype), bias)
+        return out if add is None else add + out
+
+    def _unpacked(self) -> Grouped:
+        if self.matrix is not None:
+            return self.matrix
+        codes = _unpack(self.codes, self.bits)[: self.outs]
+        scales, offsets = (
+            None if part is None else part.transpose(1, 2).flatten(0, 1)[: self.outs]
+            for part in (self.scales, self.offsets)
+        )
+        assert scales is not None
+        return Grouped(codes, scales, offsets, self.bits, self.group)
+
+
+def _places(bits: int) -> Tensor:
+    """Where in a 32-bit unit the codes of consecutive inputs start, in bits."""
+    if bits == 8:
+        return torch.arange(0, 32, 8)
+    # Input 2j in nibble j, input 2j + 1 in nibble 4 + j: one mask then gives a pair of inputs in
+    # the two halves of the unit, where bfloat16 products want them.
+    return torch.stack((torch.arange(0, 16, 4), torch.arange(16, 32, 4)), 1).flatten()
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    per_unit = 32 // bits
+    tiled = native.tiles(codes, per_unit).long()  # [out / 16, units, 16, per_unit]
+    units = (tiled << _places(bits).to(codes.device)).sum(-1)
+    return units.to(torch.int32).contiguous()
+
+
+def _unpack(units: Tensor, bits: int) -> Tensor:
+    """uint8 ``[out (padded), in]``."""
+    spread = (units[..., None] >> _places(bits).to(units.dtype)) & (2**bits - 1)
+    return spread.transpose(1, 2).flatten(2).flatten(0, 1).to(torch.uint8)
+
+
+def _by_tile(values: Tensor) -> Tensor:
+    """``[out, groups]`` as ``[out / 16, groups, 16]``, padded with zeros."""
+    padded = functional.pad(values, (0, 0, 0, -len(values) % 16))
+    return padded.view(-1, 16, values.shape[1]).transpose(1, 2).contiguous()

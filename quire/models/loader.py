@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from pathlib import Path
 
@@ -17,9 +16,18 @@ from quire.models.decoder import Decoder, Layer
 from quire.models.registry import spec_from_config
 from quire.models.spec import LayerSpec, ModelSpec
 from quire.models.tokenizer import read_json
+from quire.weights import formats, stored
+from quire.weights.formats import Dense, Matrix
 from quire.weights.linear import Linear
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {  # the integers are codes of quantised weights
+    **_FLOATS,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 _BUFFERS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
 
 
@@ -48,8 +56,10 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.used: set[str] = set()
+        self.quantisation = read_config(folder).get("quantization_config")
         self._where = _index(folder)
         self._open: dict[Path, safe_open] = {}
+        self._matrix = stored.reader(self.quantisation)
 
     def names(self) -> list[str]:
         """All tensor names."""
@@ -67,17 +77,12 @@ class Checkpoint:
             ) from error
         kind = part.get_dtype()
         if kind not in _DTYPES:
-            raise CheckpointError(
-                f"{self._where[name]}: {name} has dtype {kind}.",
-                value=kind,
-                limit=sorted(_DTYPES),
-                action="Only float32, float16 and bfloat16 weights are supported.",
-            )
+            raise self._wrong_dtype(name, kind)
         return tuple(part.get_shape()), _DTYPES[kind]
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A tensor that must have ``shape``. Raises CheckpointError."""
-        found, _ = self.header(name)
+        """A floating-point tensor that must have ``shape``. Raises CheckpointError."""
+        found, dtype = self.header(name)
         if found != shape:
             raise CheckpointError(
                 f"{self._where[name]}: {name} has shape {list(found)} and config.json asks for "
@@ -86,9 +91,34 @@ class Checkpoint:
                 limit=shape,
                 action="The weights and config.json are of different models.",
             )
+        if not dtype.is_floating_point:
+            raise self._wrong_dtype(name, str(dtype).removeprefix("torch."))
+        return self.read(name)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor of whatever shape and supported dtype. Raises CheckpointError."""
+        self.header(name)
         self.used.add(name)
         tensor: Tensor = self._file(name).get_tensor(name)
         return tensor
+
+    def matrix(self, name: str, shape: tuple[int, int]) -> Matrix:
+        """The weights ``[out, in]`` of the layer ``name``, in the format that they are stored in.
+
+        Raises CheckpointError for a missing or misshapen tensor, UnsupportedModelError.
+        """
+        if self.quantisation is None:
+            return Dense(self.get(f"{name}.weight", shape))
+        return self._matrix(self.read, self._where.__contains__, name, shape)
+
+    def _wrong_dtype(self, name: str, kind: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self._where[name]}: {name} has dtype {kind}.",
+            value=kind,
+            limit=sorted(_FLOATS),
+            action="Only float32, float16 and bfloat16 weights are supported, and integers where "
+            "config.json has a quantization_config.",
+        )
 
     def _file(self, name: str) -> safe_open:
         if name not in self._where:
@@ -135,23 +165,21 @@ def _index(folder: Path) -> dict[str, Path]:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of the checkpoint's first matrix."""
-    checkpoint = Checkpoint(folder)
-    for name in checkpoint.names():
-        shape, dtype = checkpoint.header(name)
-        if len(shape) == 2:
-            return dtype
-    raise CheckpointError(f"{folder} holds no matrix.", value=str(folder))
+    """The dtype of the checkpoint's embedding, which stays floating point in all formats.
+
+    The scales of quantised weights have no say: they are often float16 in bfloat16 models.
+    """
+    name = load_spec(folder).names.embed
+    return Checkpoint(folder).header(f"{name}.weight")[1]
 
 
 def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
     """Bytes of all weights when held in ``dtype``; reads only the files' headers."""
     checkpoint = Checkpoint(folder)
-    config = read_config(folder)
-    head = spec_from_config(config).names.head
-    tied = spec_from_config(config).tied
-    names = [n for n in checkpoint.names() if not (tied and n == f"{head}.weight")]
-    return sum(math.prod(checkpoint.header(name)[0]) for name in names) * dtype.itemsize
+    spec = load_spec(folder)
+    names = [n for n in checkpoint.names() if not (spec.tied and n == f"{spec.names.head}.weight")]
+    shapes = {name: checkpoint.header(name)[0] for name in names}
+    return stored.count(shapes, checkpoint.quantisation) * dtype.itemsize
 
 
 def load_model(
@@ -195,7 +223,7 @@ class _Loader:
             self.norm(names.final_norm, spec.hidden_size),
             head,
         )
-        unused = set(self.checkpoint.names()) - self.checkpoint.used
+        unused = [n for n in self.checkpoint.names() if self.matters(n)]
         if unused:
             warnings.warn(
                 f"{self.checkpoint.folder}: {len(unused)} tensors are not part of "
@@ -203,6 +231,14 @@ class _Loader:
                 stacklevel=3,
             )
         return decoder
+
+    def matters(self, name: str) -> bool:
+        """Whether leaving out a tensor that was not used may change what the model computes."""
+        if name in self.checkpoint.used:
+            return False
+        # Writers of GPTQ give a bias of zeros to layers that have none.
+        padding = self.checkpoint.quantisation is not None and name.endswith(".bias")
+        return not padding or bool(self.checkpoint.read(name).any())
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self.checkpoint.get(name, shape).to(self.device, self.dtype)
@@ -224,7 +260,7 @@ class _Loader:
         if len(names) < len(widths):
             widths = (sum(widths),)
         weights = [
-            self.tensor(f"{name}.weight", (width, inner))
+            self.checkpoint.matrix(name, (width, inner))
             for name, width in zip(names, widths, strict=True)
         ]
         biases = [
@@ -232,7 +268,13 @@ class _Loader:
             for name, width in zip(names, widths, strict=True)
             if bias
         ]
-        return Linear(_one(weights), _one(biases) if bias else None)
+        return Linear(self.held(weights), _one(biases) if bias else None)
+
+    def held(self, parts: list[Matrix]) -> Tensor:
+        """The parts one below the other as floating point ``[out, in]``."""
+        whole = formats.stack(parts)
+        values = whole.values if isinstance(whole, Dense) else whole.dequantise()
+        return values.to(self.device, self.dtype)
 
     def layer(self, index: int, layer: LayerSpec) -> Layer:
         spec = self.spec

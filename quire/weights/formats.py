@@ -68,7 +68,7 @@ class Grouped:
     def dequantise(self) -> Tensor:
         """float32 ``[out, in]``."""
         centred = self.codes.float() - 2 ** (self.bits - 1)
-        parts = centred.unflatten(1, (-1, self.group)) * self.scales[..., None]
+        parts: Tensor = centred.unflatten(1, (-1, self.group)) * self.scales[..., None]
         if self.offsets is not None:
             parts = parts + self.offsets[..., None]
         return parts.flatten(1)

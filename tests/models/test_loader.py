@@ -67,8 +67,11 @@ def test_unsupported_architecture_lists_the_supported(folder: Path) -> None:
 
 
 def test_quantised_checkpoints_are_refused_by_method(folder: Path) -> None:
-    edit(folder, quantization_config={"quant_method": "awq"})
-    with pytest.raises(UnsupportedModelError, match=r"quantised \(awq\)"):
+    edit(folder, quantization_config={"quant_method": "bitsandbytes"})
+    with pytest.raises(UnsupportedModelError, match=r"quantised \(bitsandbytes\).*awq"):
+        load_spec(folder)
+    edit(folder, quantization_config={"quant_method": "awq", "version": "gemv"})
+    with pytest.raises(UnsupportedModelError, match=r"version 'gemv'"):
         load_spec(folder)
 
 

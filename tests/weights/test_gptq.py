@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from whole import Tensors, assert_same_logits, save
 
 from quire.errors import CheckpointError, UnsupportedModelError
@@ -226,6 +227,19 @@ def test_whole_model(bits: int, group: int, tmp_path: Path) -> None:
     assert stored_dtype(tmp_path) == torch.float32
     count = sum(p.numel() for p in oracle.parameters())
     assert weight_bytes(tmp_path, torch.float16) == 2 * count
+
+
+def test_the_dtype_is_that_of_the_embedding(tmp_path: Path) -> None:
+    save(tmp_path, config(group_size=-1), lambda s, g: layer(s, g, group=-1))
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    assert tensors["model.layers.0.mlp.up_proj.scales"].dtype == torch.float16
+    for dtype in (torch.bfloat16, torch.float16):
+        changed = {n: t.to(dtype) if t.dtype == torch.float32 else t for n, t in tensors.items()}
+        save_file(changed, file)
+        assert stored_dtype(tmp_path) == dtype
+        model = load_model(tmp_path)
+        assert model.embedding.dtype == model.layers[0].qkv.weight.dtype == dtype
 
 
 def test_biases_of_zeros_are_no_news(tmp_path: Path) -> None:

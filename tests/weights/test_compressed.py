@@ -85,8 +85,6 @@ def test_the_weight_that_the_package_reads(
     dtype: torch.dtype,
 ) -> None:
     args = QuantizationArgs(num_bits=bits, symmetric=symmetric, **options)
-    if form == "pack-quantized" and not symmetric and options.get("strategy") == "tensor":
-        pytest.skip("the package does not pack these")
     tensors, weight = written(shape, args, form, dtype)
     found = matrix(tensors.read, tensors.has, NAME, shape, settings(args, form))
     if form == "int-quantized" and symmetric and "group_size" not in options:

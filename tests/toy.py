@@ -50,7 +50,8 @@ class MockModel:
         x = self.embedding[ids] + self.places[positions]
         for layer in range(len(self.spec.layers)):
             q = torch.stack([x, x.flip(-1)], dim=1)
-            x = x + attend(layer, q, x[:, None], x.roll(1, -1)[:, None]).sum(1)  # type: ignore[operator]
+            k, v = x[:, None].clone(), x.roll(1, -1)[:, None]
+            x = x + attend(layer, q, k, v, None).sum(1)  # type: ignore[operator]
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
+from quire.attention import native
 from quire.decode.rng import derive_seed
 from quire.decode.sampling import RowState, TokenLogprobs, prompt_logprobs, sample
 from quire.decode.stopping import StopStrings, finish_reason
@@ -17,7 +18,6 @@ from quire.engine.request import EngineRequest, EngineResult, SampleResult
 from quire.engine.runner import Runner
 from quire.engine.world import Work, World
 from quire.errors import EngineStallError, InvalidRequestError
-from quire.attention import native
 from quire.kv.arena import Arena, TiledArena, token_bytes
 from quire.models.decoder import Decoder
 from quire.models.tokenizer import Detokenizer, Tokenizer

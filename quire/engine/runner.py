@@ -44,7 +44,9 @@ class Runner:
         positions = np.concatenate([np.arange(i.start, i.start + i.count) for i in items])
         attend = self._attend(items, slots)
         with torch.inference_mode():
-            return self.model.forward(ids.to(device), torch.from_numpy(positions).to(device), attend)
+            return self.model.forward(
+                ids.to(device), torch.from_numpy(positions).to(device), attend
+            )
 
     def _attend(self, items: list[Item], slots: Tensor) -> Attend:
         """The attention of a step, laid out for each window that the model has."""
@@ -58,13 +60,15 @@ class Runner:
                 for window in set(windows)
             }
 
-            def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
+            def attend_tiles(
+                layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation
+            ) -> Tensor:
                 rotate_append(q, k, v, rotation, slots, arena.keys[layer], arena.values[layer])
                 return native.attend(
                     arena, layer, q, plans[windows[layer]], scale=scale, softcap=softcap
                 )
 
-            return attend
+            return attend_tiles
 
         if isinstance(arena, Arena) and not self.plain:
             like = arena.keys
@@ -73,22 +77,26 @@ class Runner:
                 for window in set(windows)
             }
 
-            def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
+            def attend_merged(
+                layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation
+            ) -> Tensor:
                 q = _rotate_and_store(arena, layer, slots, q, k, v, rotation)
                 return merged.attend(
                     arena, layer, q, tables[windows[layer]], scale=scale, softcap=softcap
                 )
 
-            return attend
+            return attend_merged
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
+        def attend_plainly(
+            layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation
+        ) -> Tensor:
             q = _rotate_and_store(arena, layer, slots, q, k, v, rotation)
             window = windows[layer]
             return reference.attend(
                 arena, layer, q, items, scale=scale, softcap=softcap, window=window
             )
 
-        return attend
+        return attend_plainly
 
     def each_logits(self, hidden: Tensor, use: Callable[[Tensor, int], None]) -> None:
         """Call ``use(logits, first_row)`` on tiles of the logits of ``hidden`` [rows, hidden]."""

@@ -84,7 +84,8 @@ def _address(x: Tensor | None) -> int:
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool = False) -> Tensor:
     """RMS normalisation of each row of ``x`` ``[..., width]``, times ``weight`` (plus one)."""
     width = x.shape[-1]
-    assert weight.shape == (width,) and weight.dtype == x.dtype
+    assert weight.shape == (width,)
+    assert weight.dtype == x.dtype
     rows = x.contiguous()
     out = torch.empty_like(rows)
     _native().rms_norm(
@@ -129,8 +130,11 @@ def rotate_append(
     """
     tokens, heads, head_dim = q.shape
     for part in (q, k, v):
-        assert part.stride(2) == 1 and part.stride(1) == head_dim and part.dtype == keys.dtype
-    assert slots.shape == (tokens,) and slots.is_contiguous()
+        assert part.stride(2) == 1
+        assert part.stride(1) == head_dim
+        assert part.dtype == keys.dtype
+    assert slots.shape == (tokens,)
+    assert slots.is_contiguous()
     cos, sin = rotation if rotation is not None else (None, None)
     _native().rotate_append(
         q.data_ptr(),
@@ -164,7 +168,9 @@ def attend(
     softcap: float | None,
 ) -> Tensor:
     """Attention of ``q`` ``[tokens, heads, head_dim]`` over a plan's reads of one layer's tiles."""
-    assert q.stride(2) == 1 and q.stride(1) == q.shape[2] and q.dtype == keys.dtype
+    assert q.stride(2) == 1
+    assert q.stride(1) == q.shape[2]
+    assert q.dtype == keys.dtype
     out = torch.empty(q.shape, dtype=q.dtype)
     _native().attend(
         plan,
@@ -243,7 +249,8 @@ def _product(
 ) -> tuple[int, int, int, int, int, int, int, int, bool]:
     rows, ins = x.shape
     outs = out.shape[1]
-    assert x.stride(1) == 1 and x.stride(0) % 4 == 0
+    assert x.stride(1) == 1
+    assert x.stride(0) % 4 == 0
     assert bias is None or (bias.shape == (outs,) and bias.dtype == x.dtype)
     assert add is None or (add.shape == out.shape and add.dtype == x.dtype and add.is_contiguous())
     return (
@@ -268,7 +275,8 @@ def tiles(weight: Tensor, pack: int) -> Tensor:
 
 def argmax(logits: Tensor) -> Tensor:
     """The first largest of each row of float32 ``[rows, vocab]``: int64 ``[rows]``."""
-    assert logits.is_contiguous() and logits.dtype == torch.float32
+    assert logits.is_contiguous()
+    assert logits.dtype == torch.float32
     chosen = torch.empty(logits.shape[0], dtype=torch.int64)
     _native().argmax(logits.data_ptr(), *logits.shape, chosen.data_ptr())
     return chosen
@@ -283,7 +291,8 @@ def sample(
     draws: Tensor,
 ) -> Tensor:
     """One token a row of float32 ``[rows, vocab]``; see `quire/decode/sampling.py`."""
-    assert logits.is_contiguous() and logits.dtype == torch.float32
+    assert logits.is_contiguous()
+    assert logits.dtype == torch.float32
     options = [torch.tensor(v, dtype=torch.float32) for v in (temperature, top_p, min_p)]
     ranks = torch.tensor(top_k, dtype=torch.int64)
     chosen = torch.empty(logits.shape[0], dtype=torch.int64)

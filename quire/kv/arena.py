@@ -79,7 +79,9 @@ class TiledArena:
         """Store ``k``, ``v`` ``[tokens, kv_heads, head_dim]`` at ``slots`` int64 ``[tokens]``."""
         page, place, pack = slots // PAGE, slots % PAGE, self.keys.shape[-1]
         heads = torch.arange(k.shape[1])[:, None]
-        self.keys[layer][heads, page, :, place] = k.transpose(0, 1).unflatten(-1, (-1, pack))
+        self.keys[layer][heads, page, :, place] = k.transpose(0, 1).reshape(
+            k.shape[1], k.shape[0], -1, pack
+        )
         self.values[layer][heads, page, place // pack, :, place % pack] = v.transpose(0, 1)
 
     def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:

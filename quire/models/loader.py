@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from pathlib import Path
 
@@ -10,17 +9,27 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from quire.errors import CheckpointError
+from quire.errors import CheckpointError, UnsupportedModelError
 from quire.models.blocks import MLP, MixtureOfExperts, Normalise
 from quire.models.config import Config
 from quire.models.decoder import Decoder, Layer
 from quire.models.registry import spec_from_config
 from quire.models.spec import LayerSpec, ModelSpec
 from quire.models.tokenizer import read_json
+from quire.weights import stored
 from quire.weights.dense import DenseProduct
-from quire.weights.linear import Linear
+from quire.weights.formats import Dense, Matrix, pick_rows, stack
+from quire.weights.linear import Linear, Product, make_product
+from quire.weights.quantise import Asked, quantise
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {  # the integers are codes of quantised weights
+    **_FLOATS,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 _BUFFERS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
 
 
@@ -49,8 +58,10 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.used: set[str] = set()
+        self.quantisation = read_config(folder).get("quantization_config")
         self._where = _index(folder)
         self._open: dict[Path, safe_open] = {}
+        self._matrix = stored.reader(self.quantisation)
 
     def names(self) -> list[str]:
         """All tensor names."""
@@ -68,17 +79,12 @@ class Checkpoint:
             ) from error
         kind = part.get_dtype()
         if kind not in _DTYPES:
-            raise CheckpointError(
-                f"{self._where[name]}: {name} has dtype {kind}.",
-                value=kind,
-                limit=sorted(_DTYPES),
-                action="Only float32, float16 and bfloat16 weights are supported.",
-            )
+            raise self._wrong_dtype(name, kind)
         return tuple(part.get_shape()), _DTYPES[kind]
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A tensor that must have ``shape``. Raises CheckpointError."""
-        found, _ = self.header(name)
+        """A floating-point tensor that must have ``shape``. Raises CheckpointError."""
+        found, dtype = self.header(name)
         if found != shape:
             raise CheckpointError(
                 f"{self._where[name]}: {name} has shape {list(found)} and config.json asks for "
@@ -87,9 +93,34 @@ class Checkpoint:
                 limit=shape,
                 action="The weights and config.json are of different models.",
             )
+        if not dtype.is_floating_point:
+            raise self._wrong_dtype(name, str(dtype).removeprefix("torch."))
+        return self.read(name)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor of whatever shape and supported dtype. Raises CheckpointError."""
+        self.header(name)
         self.used.add(name)
         tensor: Tensor = self._file(name).get_tensor(name)
         return tensor
+
+    def matrix(self, name: str, shape: tuple[int, int]) -> Matrix:
+        """The weights ``[out, in]`` of the layer ``name``, in the format that they are stored in.
+
+        Raises CheckpointError for a missing or misshapen tensor, UnsupportedModelError.
+        """
+        if self.quantisation is None:
+            return Dense(self.get(f"{name}.weight", shape))
+        return self._matrix(self.read, self._where.__contains__, name, shape)
+
+    def _wrong_dtype(self, name: str, kind: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self._where[name]}: {name} has dtype {kind}.",
+            value=kind,
+            limit=sorted(_FLOATS),
+            action="Only float32, float16 and bfloat16 weights are supported, and integers where "
+            "config.json has a quantization_config.",
+        )
 
     def _file(self, name: str) -> safe_open:
         if name not in self._where:
@@ -136,23 +167,21 @@ def _index(folder: Path) -> dict[str, Path]:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of the checkpoint's first matrix."""
-    checkpoint = Checkpoint(folder)
-    for name in checkpoint.names():
-        shape, dtype = checkpoint.header(name)
-        if len(shape) == 2:
-            return dtype
-    raise CheckpointError(f"{folder} holds no matrix.", value=str(folder))
+    """The dtype of the checkpoint's embedding, which stays floating point in all formats.
+
+    The scales of quantised weights have no say: they are often float16 in bfloat16 models.
+    """
+    name = load_spec(folder).names.embed
+    return Checkpoint(folder).header(f"{name}.weight")[1]
 
 
 def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
     """Bytes of all weights when held in ``dtype``; reads only the files' headers."""
     checkpoint = Checkpoint(folder)
-    config = read_config(folder)
-    head = spec_from_config(config).names.head
-    tied = spec_from_config(config).tied
-    names = [n for n in checkpoint.names() if not (tied and n == f"{head}.weight")]
-    return sum(math.prod(checkpoint.header(name)[0]) for name in names) * dtype.itemsize
+    spec = load_spec(folder)
+    names = [n for n in checkpoint.names() if not (spec.tied and n == f"{spec.names.head}.weight")]
+    shapes = {name: checkpoint.header(name)[0] for name in names}
+    return stored.count(shapes, checkpoint.quantisation) * dtype.itemsize
 
 
 def load_model(
@@ -161,21 +190,42 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     context: int | None = None,
+    weights: Asked | None = None,
+    deterministic: bool = False,
 ) -> Decoder:
-    """Load a checkpoint. ``dtype`` None keeps the stored one. Raises ModelError."""
+    """Load a checkpoint. ``dtype`` None keeps the stored one. Raises ModelError.
+
+    ``weights``: quantise the layers' matrices on the way; None keeps what is stored.
+    ``deterministic``: products whose rows do not depend on the batch.
+    """
     spec = load_spec(folder, context)
     if dtype is None:
         dtype = stored_dtype(folder)
-    return _Loader(spec, Checkpoint(folder), dtype, device).decoder()
+    checkpoint = Checkpoint(folder)
+    if weights is not None and checkpoint.quantisation is not None:
+        raise UnsupportedModelError(
+            f"{folder} is quantised already ({checkpoint.quantisation['quant_method']}).",
+            value=str(weights),
+            action="Leave --weights out, or give the model's float16 or bfloat16 version.",
+        )
+    return _Loader(spec, checkpoint, dtype, device, weights, deterministic).decoder()
 
 
 class _Loader:
     """Builds a `Decoder` from named tensors, one layer at a time."""
 
     def __init__(
-        self, spec: ModelSpec, checkpoint: Checkpoint, dtype: torch.dtype, device: str
+        self,
+        spec: ModelSpec,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: str,
+        asked: Asked | None,
+        invariant: bool,
     ) -> None:
         self.spec = spec
+        self.asked = asked
+        self.invariant = invariant
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.device = device
@@ -183,12 +233,15 @@ class _Loader:
     def decoder(self) -> Decoder:
         spec, names = self.spec, self.spec.names
         table = (spec.vocab_size, spec.hidden_size)
-        embedding = DenseProduct.make(self.tensor(f"{names.embed}.weight", table))
-        head = Linear(embedding)
+        values = self.tensor(f"{names.embed}.weight", table)
+        embedding = DenseProduct.make(values)
+        # A head of 4 bits costs more quality than its size is worth; 8 bits are near lossless.
+        eight = self.asked is not None and self.asked.bits == 8
         if spec.tied:
             self.checkpoint.used.add(f"{names.head}.weight")
+            head = Linear(self.product(quantise(Dense(values), self.asked)) if eight else embedding)
         else:
-            head = self.linear((names.head,), table[0], table[1], bias=False)
+            head = self.linear((names.head,), table[0], table[1], bias=False, quantised=eight)
         decoder = Decoder(
             spec,
             embedding,
@@ -196,7 +249,7 @@ class _Loader:
             self.norm(names.final_norm, spec.hidden_size),
             head,
         )
-        unused = set(self.checkpoint.names()) - self.checkpoint.used
+        unused = [n for n in self.checkpoint.names() if self.matters(n)]
         if unused:
             warnings.warn(
                 f"{self.checkpoint.folder}: {len(unused)} tensors are not part of "
@@ -204,6 +257,14 @@ class _Loader:
                 stacklevel=3,
             )
         return decoder
+
+    def matters(self, name: str) -> bool:
+        """Whether leaving out a tensor that was not used may change what the model computes."""
+        if name in self.checkpoint.used:
+            return False
+        # Writers of GPTQ give a bias of zeros to layers that have none.
+        padding = self.checkpoint.quantisation is not None and name.endswith(".bias")
+        return not padding or bool(self.checkpoint.read(name).any())
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self.checkpoint.get(name, shape).to(self.device, self.dtype)
@@ -218,14 +279,25 @@ class _Loader:
         )
 
     def linear(
-        self, names: tuple[str, ...], out: int | tuple[int, ...], inner: int, *, bias: bool
+        self,
+        names: tuple[str, ...],
+        out: int | tuple[int, ...],
+        inner: int,
+        *,
+        bias: bool,
+        heads: int | None = None,
+        quantised: bool = True,
     ) -> Linear:
-        """One matrix of one or more tensors; ``out``: output width of all, or of each."""
+        """One matrix of one or more tensors; ``out``: output width of all, or of each.
+
+        ``heads``: the rows are q, k, v head by head and are put apart. ``quantised`` False keeps
+        the matrix as it is stored, whatever weights are asked for.
+        """
         widths = (out,) if isinstance(out, int) else out
         if len(names) < len(widths):
             widths = (sum(widths),)
         weights = [
-            self.tensor(f"{name}.weight", (width, inner))
+            self.checkpoint.matrix(name, (width, inner))
             for name, width in zip(names, widths, strict=True)
         ]
         biases = [
@@ -233,7 +305,17 @@ class _Loader:
             for name, width in zip(names, widths, strict=True)
             if bias
         ]
-        return Linear(DenseProduct.make(_one(weights)), _one(biases) if bias else None)
+        matrix = stack(weights)
+        whole = _one(biases) if bias else None
+        if heads is not None:
+            order = _separated(heads, matrix.shape[0])
+            matrix, whole = pick_rows(matrix, order), None if whole is None else whole[order]
+        if quantised:
+            matrix = quantise(matrix, self.asked)
+        return Linear(self.product(matrix), whole)
+
+    def product(self, matrix: Matrix) -> Product:
+        return make_product(matrix.to(self.device), self.dtype, invariant=self.invariant)
 
     def layer(self, index: int, layer: LayerSpec) -> Layer:
         spec = self.spec
@@ -244,10 +326,12 @@ class _Loader:
             return name.replace("{i}", str(index))
 
         qkv = self.linear(
-            tuple(map(at, names.qkv)), (q_width, kv_width, kv_width), hidden, bias=spec.qkv_bias
+            tuple(map(at, names.qkv)),
+            (q_width, kv_width, kv_width),
+            hidden,
+            bias=spec.qkv_bias,
+            heads=spec.heads if spec.interleaved_qkv else None,
         )
-        if spec.interleaved_qkv:
-            qkv = _separate_heads(qkv, spec.heads)
         q_norm = k_norm = None
         if spec.qk_norm is not None:
             full = spec.qk_norm == "full"
@@ -284,7 +368,9 @@ class _Loader:
             return name.replace("{i}", str(index)).replace("{e}", str(expert))
 
         return MixtureOfExperts(
-            self.linear((at(names.router),), experts.count, spec.hidden_size, bias=False),
+            self.linear(
+                (at(names.router),), experts.count, spec.hidden_size, bias=False, quantised=False
+            ),
             tuple(
                 self.mlp(
                     tuple(at(name, e) for name in names.expert_up),
@@ -302,7 +388,6 @@ def _one(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _separate_heads(tensor: Tensor, heads: int) -> Tensor:
-    """Reorder rows from (head, [q k v], dim) to ([q k v], head, dim)."""
-    parts = tensor.view(heads, 3, -1, *tensor.shape[1:])  # [heads, 3, head_dim, ...]
-    return parts.transpose(0, 1).reshape(tensor.shape)
+def _separated(heads: int, rows: int) -> Tensor:
+    """The order of rows that turns (head, [q k v], dim) into ([q k v], head, dim)."""
+    return torch.arange(rows).view(heads, 3, -1).transpose(0, 1).flatten()

@@ -21,6 +21,7 @@ from quire.models import (
 )
 from quire.models.config import Config
 from quire.models.spec import ModelSpec
+from quire.weights import stored
 
 SUPPORTED: dict[str, Callable[[Config, int | None], ModelSpec]] = {
     "GPTNeoXForCausalLM": gpt_neox.spec,
@@ -44,13 +45,7 @@ def spec_from_config(config: Config, context: int | None = None) -> ModelSpec:
     ``context``: longest sequence to run, None for the model's. Raises UnsupportedModelError for
     what Quire does not support and CheckpointError for an incomplete config.
     """
-    if quantised := config.get("quantization_config"):
-        method = quantised.get("quant_method")
-        raise UnsupportedModelError(
-            f"The checkpoint is quantised ({method}), which is not supported yet.",
-            value=method,
-            action="Use its float16 or bfloat16 version.",
-        )
+    stored.reader(config.get("quantization_config"))  # refuses what cannot be read
     names = config.get("architectures") or ["(none)"]
     if names[0] not in SUPPORTED:
         raise UnsupportedModelError(

@@ -7,7 +7,7 @@ output features everywhere, so matrices with the same input can be stacked.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,10 @@ class Dense:
     def shape(self) -> tuple[int, int]:
         """``(out, in)``."""
         return self.values.shape[0], self.values.shape[1]
+
+    def to(self, device: str) -> Dense:
+        """The matrix on another device."""
+        return Dense(self.values.to(device))
 
     def dequantise(self) -> Tensor:
         """float32 ``[out, in]``."""
@@ -40,6 +44,10 @@ class ByChannel:
     def shape(self) -> tuple[int, int]:
         """``(out, in)``."""
         return self.values.shape[0], self.values.shape[1]
+
+    def to(self, device: str) -> ByChannel:
+        """The matrix on another device."""
+        return ByChannel(self.values.to(device), self.scales.to(device))
 
     def dequantise(self) -> Tensor:
         """float32 ``[out, in]``."""
@@ -65,10 +73,17 @@ class Grouped:
         """``(out, in)``."""
         return self.codes.shape[0], self.codes.shape[1]
 
+    def to(self, device: str) -> Grouped:
+        """The matrix on another device."""
+        offsets = None if self.offsets is None else self.offsets.to(device)
+        return replace(
+            self, codes=self.codes.to(device), scales=self.scales.to(device), offsets=offsets
+        )
+
     def dequantise(self) -> Tensor:
         """float32 ``[out, in]``."""
         centred = self.codes.float() - 2 ** (self.bits - 1)
-        parts = centred.unflatten(1, (-1, self.group)) * self.scales[..., None]
+        parts: Tensor = centred.unflatten(1, (-1, self.group)) * self.scales[..., None]
         if self.offsets is not None:
             parts = parts + self.offsets[..., None]
         return parts.flatten(1)
@@ -101,3 +116,17 @@ def stack(parts: Sequence[Matrix]) -> Matrix:
             groups[0].group,
         )
     return Dense(torch.cat([p.dequantise() for p in parts]))
+
+
+def pick_rows(matrix: Matrix, order: Tensor) -> Matrix:
+    """The matrix with its rows in the ``order`` int64 ``[rows]``."""
+    match matrix:
+        case Dense():
+            return Dense(matrix.values[order])
+        case ByChannel():
+            return ByChannel(matrix.values[order], matrix.scales[order])
+        case Grouped():
+            offsets = None if matrix.offsets is None else matrix.offsets[order]
+            return replace(
+                matrix, codes=matrix.codes[order], scales=matrix.scales[order], offsets=offsets
+            )

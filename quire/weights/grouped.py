@@ -111,7 +111,8 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
 def _unpack(units: Tensor, bits: int) -> Tensor:
     """uint8 ``[out (padded), in]``."""
     spread = (units[..., None] >> _places(bits).to(units.dtype)) & (2**bits - 1)
-    return spread.transpose(1, 2).flatten(2).flatten(0, 1).to(torch.uint8)
+    rows: Tensor = spread.transpose(1, 2).flatten(2).flatten(0, 1)
+    return rows.to(torch.uint8)
 
 
 def _by_tile(values: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from quire.models.decoder import Decoder
+from quire.models.rope import rotate
 from quire.models.spec import ModelSpec
 
 
@@ -19,7 +20,11 @@ class PlainAttend:
     owner: Tensor
     kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
         out = torch.empty_like(q)
         for request in self.owner.unique().tolist():
             mine = self.owner == request

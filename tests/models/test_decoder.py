@@ -52,7 +52,7 @@ def test_half_precision(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     prompts = ragged(33, 8)
     exact = torch.cat(expected(oracle, prompts))
     model = load_model(tmp_path, dtype=dtype)
-    assert model.dtype == model.layers[0].qkv.weight.dtype == dtype
+    assert model.dtype == model.layers[0].qkv.product.dtype == dtype
     ours = torch.cat(logits_in_steps(model, prompts, [33]))
     theirs = torch.cat(expected(oracle.to(dtype), prompts))
     assert ours.dtype == torch.float32

@@ -1,4 +1,7 @@
-"""Reading a Hugging Face checkpoint folder: safetensors, single or sharded, memory-mapped."""
+"""Loading a model from a checkpoint folder (safetensors, single or sharded) or a GGUF file.
+
+Both are memory-mapped. A ``folder`` below is the path of either.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,8 @@ from quire.errors import CheckpointError
 from quire.models.blocks import ACTIVATIONS, MLP, MixtureOfExperts, Normalise
 from quire.models.config import Config
 from quire.models.decoder import Decoder, Layer
+from quire.models.gguf import GGUFFile, is_gguf
+from quire.models.gguf_config import gguf_config
 from quire.models.registry import spec_from_config
 from quire.models.spec import LayerSpec, ModelSpec
 from quire.models.tokenizer import read_json
@@ -24,16 +29,23 @@ _BUFFERS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
 
 
 def read_config(folder: Path) -> Config:
-    """``config.json`` of a checkpoint folder. Raises CheckpointError."""
+    """``config.json`` of a checkpoint folder, or what stands for it. Raises ModelError."""
+    if is_gguf(folder):
+        return gguf_config(GGUFFile(folder))
     if not folder.is_dir():
         raise CheckpointError(
             f"There is no checkpoint folder {folder}.",
             value=str(folder),
-            action='Give a folder with config.json and *.safetensors, or "demo".',
+            action='Give a folder with config.json and *.safetensors, a .gguf file, or "demo".',
         )
     config = read_json(folder / "config.json")
     if not config:
-        raise CheckpointError(f"{folder} has no config.json.", value=str(folder))
+        single = next(folder.glob("*.gguf"), None)
+        raise CheckpointError(
+            f"{folder} has no config.json.",
+            value=str(folder),
+            action="" if single is None else f"Give the path of the file itself: {single}",
+        )
     return config
 
 
@@ -134,9 +146,14 @@ def _index(folder: Path) -> dict[str, Path]:
     }
 
 
+def open_checkpoint(path: Path) -> Checkpoint | GGUFFile:
+    """The tensors of a folder or a GGUF file. Raises CheckpointError."""
+    return GGUFFile(path) if is_gguf(path) else Checkpoint(path)
+
+
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of the checkpoint's first matrix."""
-    checkpoint = Checkpoint(folder)
+    """The dtype of the checkpoint's first matrix; bfloat16 if it is quantised."""
+    checkpoint = open_checkpoint(folder)
     for name in checkpoint.names():
         shape, dtype = checkpoint.header(name)
         if len(shape) == 2:
@@ -146,7 +163,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
     """Bytes of all weights when held in ``dtype``; reads only the files' headers."""
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_checkpoint(folder)
     config = read_config(folder)
     head = spec_from_config(config).names.head
     tied = spec_from_config(config).tied
@@ -165,14 +182,18 @@ def load_model(
     spec = load_spec(folder, context)
     if dtype is None:
         dtype = stored_dtype(folder)
-    return _Loader(spec, Checkpoint(folder), dtype, device).decoder()
+    return _Loader(spec, open_checkpoint(folder), dtype, device).decoder()
 
 
 class _Loader:
     """Builds a `Decoder` from named tensors, one layer at a time."""
 
     def __init__(
-        self, spec: ModelSpec, checkpoint: Checkpoint, dtype: torch.dtype, device: str
+        self,
+        spec: ModelSpec,
+        checkpoint: Checkpoint | GGUFFile,
+        dtype: torch.dtype,
+        device: str,
     ) -> None:
         self.spec = spec
         self.checkpoint = checkpoint

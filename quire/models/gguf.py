@@ -1,0 +1,260 @@
+"""Reading a GGUF file: the tensors under Hugging Face names, memory-mapped.
+
+llama.cpp stores the same weights as a checkpoint folder, with four differences that are undone
+here: its own names, experts stacked into one tensor, rows of q and k reordered in the Llama
+family, and Gemma's norm weights with 1 added.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf.constants import GGUFValueType
+from gguf.gguf_reader import GGUFReader, ReaderField
+from torch import Tensor
+
+from quire.errors import CheckpointError
+from quire.weights import ggml
+from quire.weights.formats import Dense, Matrix
+
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+ADVICE = "Download it again, or convert the model again with llama.cpp."
+
+_WHOLE = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.{e}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{e}.up_proj",
+    "ffn_down_exps": "mlp.experts.{e}.down_proj",
+}
+_DIFFERENT = {  # by general.architecture
+    "gemma2": {"ffn_norm": "pre_feedforward_layernorm"},
+    "gemma3": {"ffn_norm": "pre_feedforward_layernorm"},
+    "phi3": {"ffn_up": "mlp.gate_up_proj"},
+    "llama": {
+        "ffn_gate_inp": "block_sparse_moe.gate",
+        "ffn_gate_exps": "block_sparse_moe.experts.{e}.w1",
+        "ffn_up_exps": "block_sparse_moe.experts.{e}.w3",
+        "ffn_down_exps": "block_sparse_moe.experts.{e}.w2",
+    },
+}
+_REORDERED = ("llama", "smollm3")  # architectures whose rotary pairs are neighbours
+_RAISED = ("gemma2", "gemma3")  # architectures whose norm weights have 1 added
+_ROPE = re.compile(r"(rope_freqs|rope_factors_\w+|blk\.\d+\.attn_rot_embd)\.weight")
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether ``path`` names a GGUF file rather than a checkpoint folder."""
+    return path.suffix.lower() == ".gguf" and not path.is_dir()
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as the file holds it: bytes of blocks, or numbers; ``shape`` is what they mean."""
+
+    kind: str
+    shape: tuple[int, ...]
+    data: Tensor
+
+
+@dataclass(frozen=True)
+class _Contents:
+    metadata: dict[str, Any]
+    tensors: dict[str, Stored]
+
+
+class GGUFFile:
+    """The tensors of a file by Hugging Face name, read on demand; as `loader.Checkpoint`."""
+
+    def __init__(self, path: Path) -> None:
+        self.folder = path
+        self.used: set[str] = set()
+        contents = _read(path)
+        self.metadata = contents.metadata
+        self.architecture = str(contents.metadata.get("general.architecture"))
+        self.rope = {  # made from the config, and no weights
+            name.removesuffix(".weight"): stored.data
+            for name, stored in contents.tensors.items()
+            if _ROPE.fullmatch(name)
+        }
+        self._tensors: dict[str, Stored] = {}
+        for name, stored in contents.tensors.items():
+            if not _ROPE.fullmatch(name):
+                self._tensors |= _named(self.architecture, name, stored)
+
+    def names(self) -> list[str]:
+        """All tensor names."""
+        return list(self._tensors)
+
+    def header(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape of a tensor, and its dtype: bfloat16 if quantised. Raises CheckpointError."""
+        stored = self._find(name)
+        return stored.shape, FLOATS.get(stored.kind, torch.bfloat16)
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A tensor that must have ``shape``, float32 if quantised. Raises CheckpointError."""
+        stored = self._take(name, shape)
+        if stored.kind in FLOATS:
+            return stored.data
+        return ggml.dequantise(stored.kind, stored.data)
+
+    def matrix(self, name: str, shape: tuple[int, int]) -> Matrix:
+        """A matrix that must have ``shape``, in the format of the file. Raises CheckpointError."""
+        stored = self._take(name, shape)
+        if stored.kind in FLOATS:
+            return Dense(stored.data)
+        return ggml.grouped(stored.kind, stored.data)
+
+    def _find(self, name: str) -> Stored:
+        if name not in self._tensors:
+            raise CheckpointError(
+                f"{self.folder} has no tensor {name}.",
+                value=name,
+                action="The file is incomplete or not of the architecture that it names.",
+            )
+        stored = self._tensors[name]
+        if stored.kind not in FLOATS and stored.kind not in ggml.FORMATS:
+            raise CheckpointError(
+                f"{self.folder}: {name} has the type {stored.kind}, which is not supported.",
+                value=stored.kind,
+                limit=sorted([*FLOATS, *ggml.FORMATS]),
+                action="Use a Q4_K_M, Q6_K, Q8_0 or F16 file of the model.",
+            )
+        return stored
+
+    def _take(self, name: str, shape: tuple[int, ...]) -> Stored:
+        stored = self._find(name)
+        if stored.shape != shape:
+            raise CheckpointError(
+                f"{self.folder}: {name} has shape {list(stored.shape)} and the file's own metadata "
+                f"asks for {list(shape)}.",
+                value=stored.shape,
+                limit=shape,
+                action=ADVICE,
+            )
+        self.used.add(name)
+        data = stored.data
+        if self.architecture in _REORDERED and (heads := self._heads(name)):
+            # rows are independent, so bytes of blocks move as numbers do
+            data = data[_halves_from_neighbours(shape[0], heads)]
+        if self.architecture in _RAISED and name.endswith("norm.weight"):
+            data = data - 1
+        return Stored(stored.kind, stored.shape, data)
+
+    def _heads(self, name: str) -> int:
+        """Heads of the rows that ``name`` yields, if they are rotated; else 0."""
+        key = f"{self.architecture}.attention.head_count"
+        if ".k_proj." in name and f"{key}_kv" in self.metadata:
+            key += "_kv"
+        elif ".k_proj." not in name and ".q_proj." not in name:
+            return 0
+        found = self.metadata.get(key, 0)
+        return int(found[0] if isinstance(found, list) else found)
+
+
+def _halves_from_neighbours(rows: int, heads: int) -> Tensor:
+    """Where each row of a head is stored when rotary pairs are neighbours, not halves apart."""
+    return torch.arange(rows).view(heads, -1, 2).transpose(1, 2).flatten()
+
+
+def _named(architecture: str, name: str, stored: Stored) -> dict[str, Stored]:
+    """The tensor under its Hugging Face name; a stack of experts as one tensor each."""
+    stem, dot, suffix = name.rpartition(".")
+    parts = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
+    table = _LAYER | _DIFFERENT.get(architecture, {})
+    if parts is None or parts[2] not in table:
+        return {_WHOLE.get(stem, stem) + dot + suffix: stored}
+    full = f"model.layers.{parts[1]}.{table[parts[2]]}{dot}{suffix}"
+    if "{e}" not in full:
+        return {full: stored}
+    return {
+        full.replace("{e}", str(e)): Stored(stored.kind, stored.shape[1:], stored.data[e])
+        for e in range(stored.shape[0])
+    }
+
+
+def _read(path: Path) -> _Contents:
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise CheckpointError(
+            f"There is no file {path}.",
+            value=str(path),
+            action='Give a .gguf file, a checkpoint folder, or "demo".',
+        ) from error
+    return _parse(path, state.st_size, state.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1)  # a file is opened for its config, tokenizer, sizes and weights
+def _parse(path: Path, size: int, changed: int) -> _Contents:  # noqa: ARG001
+    try:
+        # copy-on-write, as torch wants writable memory; nothing is ever written
+        reader = GGUFReader(path, "c")
+        if reader.byte_order != "I":
+            raise ValueError("the byte order is that of another kind of machine")
+        metadata = {name: _value(field) for name, field in reader.fields.items()}
+        tensors = {
+            tensor.name: Stored(
+                tensor.tensor_type.name,
+                tuple(int(n) for n in reversed(tensor.shape)),
+                _tensor(tensor.data, tensor.tensor_type.name),
+            )
+            for tensor in reader.tensors
+        }
+    except (OSError, ValueError, LookupError, OverflowError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error}.", value=str(path), action="Download it again."
+        ) from error
+    parts = metadata.get("split.count", 1)
+    if isinstance(parts, int) and parts > 1:
+        raise CheckpointError(
+            f"{path} is one of {parts} parts of a model.",
+            value=parts,
+            limit=1,
+            action="Join the parts with llama-gguf-split --merge.",
+        )
+    return _Contents(metadata, tensors)
+
+
+def _tensor(data: np.ndarray[Any, Any], kind: str) -> Tensor:
+    tensor = torch.from_numpy(data)
+    return tensor.view(torch.bfloat16) if kind == "BF16" else tensor
+
+
+def _value(field: ReaderField) -> Any:
+    """A metadata value as plain Python."""
+    kind, is_list = field.types[0], field.types[0] == GGUFValueType.ARRAY
+    if is_list:
+        kind = field.types[-1]
+    if kind == GGUFValueType.STRING:
+        texts = [str(bytes(field.parts[i]), "utf-8", "replace") for i in field.data]
+        return texts if is_list else texts[0]
+    numbers = [field.parts[i][0].item() for i in field.data]
+    if is_list:
+        return numbers
+    # the shortest decimal of a float32 is what the config had: 1e-05, not 9.99999974e-06
+    return float(str(np.float32(numbers[0]))) if kind == GGUFValueType.FLOAT32 else numbers[0]

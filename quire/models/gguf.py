@@ -120,7 +120,8 @@ class GGUFFile:
         stored = self._take(name, shape)
         if stored.kind in FLOATS:
             return stored.data
-        return ggml.dequantise(stored.kind, stored.data)
+        rows = stored.data.reshape(-1, stored.data.shape[-1])
+        return ggml.dequantise(stored.kind, rows).reshape(shape)
 
     def matrix(self, name: str, shape: tuple[int, int]) -> Matrix:
         """A matrix that must have ``shape``, in the format of the file. Raises CheckpointError."""

@@ -199,7 +199,7 @@ def _qwen3_moe(fields: _Fields, config: Config) -> Config:
         "num_experts": fields.whole("expert_count"),
         "num_experts_per_tok": fields.whole("expert_used_count"),
         "moe_intermediate_size": fields.whole("expert_feed_forward_length"),
-        "norm_topk_prob": True,
+        "norm_topk_prob": fields.value("expert_weights_norm") is not False,
         "mlp_only_layers": [i for i in layers if f"model.layers.{i}.mlp.gate.weight" not in names],
     }
 

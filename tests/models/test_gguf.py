@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,7 @@ def test_quantised_tensors_mean_what_the_format_says(name: str, tmp_path: Path) 
     file = file_of(tmp_path / "x.gguf", {"blk.0.ffn_up.weight": (raw, Q[name])})
     width = 3 * gguf.GGML_QUANT_SIZES[Q[name]][0]
     expected = torch.from_numpy(gguf.quants.dequantize(raw, Q[name]))
-    found = file.matrix("model.layers.0.mlp.up_proj.weight", (5, width))
+    found = file.matrix("model.layers.0.mlp.up_proj", (5, width))
     assert isinstance(found, Grouped)
     assert (found.bits, found.group, found.offsets is not None) == FORMATS[name]
     assert int(found.codes.max()) < 2**found.bits
@@ -81,7 +80,7 @@ def test_plain_tensors_keep_their_dtype(kind: Q, tmp_path: Path) -> None:
     values = np.random.default_rng(0).normal(size=(3, 32)).astype(np.float32)
     raw = gguf.quants.quantize(values, kind)
     file = file_of(tmp_path / "x.gguf", {"output.weight": (raw, kind)})
-    found = file.matrix("lm_head.weight", (3, 32))
+    found = file.matrix("lm_head", (3, 32))
     assert isinstance(found, Dense)
     dtype = {Q.F32: torch.float32, Q.F16: torch.float16, Q.BF16: torch.bfloat16}[kind]
     assert file.header("lm_head.weight") == ((3, 32), dtype)
@@ -159,13 +158,13 @@ def test_greedy_tokens_and_quantised_weights(
     file, model = GGUFFile(path), load_model(path, dtype=torch.float32)
     assert stored_dtype(path) == torch.bfloat16
     assert load_model(path).dtype == torch.bfloat16
-    name = "model.layers.1.self_attn.k_proj.weight"
+    name = "model.layers.1.self_attn.k_proj"
     matrix = file.matrix(name, (16, 64))
     assert isinstance(matrix, Grouped)
     theirs = load_model(folder).layers[1].qkv.weight[64:80]
     torch.testing.assert_close(matrix.dequantise(), theirs, rtol=0, atol=0.003)
     assert torch.equal(matrix.dequantise(), model.layers[1].qkv.weight[64:80])
-    assert torch.equal(file.get(name, (16, 64)), matrix.dequantise())
+    assert torch.equal(file.get(f"{name}.weight", (16, 64)), matrix.dequantise())
 
 
 def test_config_is_that_of_the_folder(tmp_path: Path) -> None:
@@ -308,7 +307,7 @@ def test_damaged_files(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"cannot be read.*Download it again"):
             load_model(path)
     path.write_bytes(b"GGML" + whole[4:])
-    with pytest.raises(CheckpointError, match="magic"):
+    with pytest.raises(CheckpointError, match="the letters GGUF"):
         read_config(path)
     with pytest.raises(CheckpointError, match="There is no file"):
         read_config(tmp_path / "nowhere.gguf")
@@ -326,7 +325,7 @@ def test_missing_and_misshapen_parts(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no tensor lm_head\.weight"):
         file.get("lm_head.weight", (4, 32))
     with pytest.raises(CheckpointError, match=r"shape \[4, 32\].*\[5, 32\]"):
-        file.matrix("model.embed_tokens.weight", (5, 32))
+        file.matrix("model.embed_tokens", (5, 32))
     with pytest.raises(CheckpointError, match=r"lacks qwen2\.attention\.head_count"):
         gguf_config(file)
     with pytest.raises(CheckpointError, match=r"no tokenizer\.ggml\.tokens"):
@@ -334,10 +333,13 @@ def test_missing_and_misshapen_parts(tmp_path: Path) -> None:
 
 
 def test_unsupported_types_are_refused_by_name(tmp_path: Path) -> None:
-    raw = np.zeros((2, 256 // 256 * gguf.GGML_QUANT_SIZES[Q.Q2_K][1]), np.uint8)
-    file = file_of(tmp_path / "x.gguf", {"output.weight": (raw, Q.Q2_K)})
-    with pytest.raises(CheckpointError, match=r"type Q2_K.*Use a Q4_K_M"):
-        file.header("lm_head.weight")
+    raw = np.zeros((2, gguf.GGML_QUANT_SIZES[Q.Q2_K][1]), np.uint8)
+    stack = np.zeros((3, *raw.shape), np.uint8)
+    tensors = {"output.weight": (raw, Q.Q2_K), "blk.0.ffn_up_exps.weight": (stack, Q.Q2_K)}
+    file = file_of(tmp_path / "x.gguf", tensors)
+    for name in ("lm_head.weight", "model.layers.0.mlp.experts.0.up_proj.weight"):
+        with pytest.raises(CheckpointError, match=r"type Q2_K.*Use a Q4_K_M"):
+            file.header(name)
 
 
 def written(path: Path, architecture: str, **metadata: Any) -> Path:
@@ -410,8 +412,7 @@ def test_unsupported_tokenizers(metadata: dict[str, Any], words: str, tmp_path: 
         Tokenizer.load(path)
 
 
-def test_spec_does_not_depend_on_the_reader(tmp_path: Path) -> None:
-    """A file that changes on disk is read again."""
+def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:
     make("qwen2", tmp_path)
     path = gguf_files.write(tmp_path / "model.gguf", tmp_path)
     first = load_spec(path)
@@ -419,4 +420,3 @@ def test_spec_does_not_depend_on_the_reader(tmp_path: Path) -> None:
     path.unlink()
     second = load_spec(gguf_files.write(path, tmp_path))
     assert first.architecture != second.architecture
-    assert dataclasses.is_dataclass(second)

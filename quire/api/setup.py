@@ -23,7 +23,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def model_folder(model: str | Path) -> Path:
-    """The checkpoint folder of ``model``: a path, or ``"demo"`` for the bundled model."""
+    """The checkpoint folder or .gguf file of ``model``; ``"demo"`` is the bundled model."""
     if str(model) == "demo":
         return Path(str(files("quire") / "demo_model"))
     return Path(model).expanduser()

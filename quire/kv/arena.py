@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,13 +68,17 @@ class TiledArena:
     def make(
         cls, layers: int, kv_heads: int, head_dim: int, slots: int, dtype: torch.dtype
     ) -> TiledArena:
-        """Reserve the memory. Slots never written must hold finite numbers, hence the zeros."""
+        """Reserve the memory (the system commits a page of it when it is first written).
+
+        Slots never written must hold finite numbers, hence zeros: NumPy's come from the system.
+        """
         pack = 4 // dtype.itemsize
-        pages = slots // PAGE
-        return cls(
-            torch.zeros((layers, kv_heads, pages, head_dim // pack, PAGE, pack), dtype=dtype),
-            torch.zeros((layers, kv_heads, pages, PAGE // pack, head_dim, pack), dtype=dtype),
+        shape = (layers, kv_heads, slots // PAGE)
+        keys, values = (
+            torch.from_numpy(np.zeros((*shape, *page, 4), dtype=np.uint8)).view(dtype)
+            for page in ((head_dim // pack, PAGE), (PAGE // pack, head_dim))
         )
+        return cls(keys, values)
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store ``k``, ``v`` ``[tokens, kv_heads, head_dim]`` at ``slots`` int64 ``[tokens]``."""

@@ -12,7 +12,7 @@ from quire.models import rope
 from quire.models.blocks import MLP, MixtureOfExperts, Normalise
 from quire.models.spec import LayerSpec, ModelSpec, Rope
 from quire.weights.dense import DenseProduct
-from quire.weights.linear import Linear
+from quire.weights.linear import Linear, Product
 
 Angles = dict[Rope, tuple[Tensor, Tensor]]
 
@@ -45,6 +45,13 @@ class Layer:
     norms: tuple[Normalise, ...]
     mlp: MLP | MixtureOfExperts
 
+    def products(self) -> list[Product]:
+        """All its matrices."""
+        mlps = self.mlp.experts if isinstance(self.mlp, MixtureOfExperts) else (self.mlp,)
+        found = [self.qkv.product, self.out.product]
+        found += [linear.product for mlp in mlps for linear in (mlp.up, mlp.down)]
+        return found
+
 
 @dataclass(frozen=True)
 class Decoder:
@@ -65,6 +72,13 @@ class Decoder:
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.embedding.values.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all matrices; norms and biases are not worth counting."""
+        products = {id(p): p.nbytes for layer in self.layers for p in layer.products()}
+        products |= {id(p): p.nbytes for p in (self.embedding, self.head.product)}
+        return sum(products.values())
 
     def forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Final hidden states ``[tokens, hidden]``; ``ids``, ``positions`` int64 ``[tokens]``."""

@@ -1,7 +1,11 @@
-"""Reading a Hugging Face checkpoint folder: safetensors, single or sharded, memory-mapped."""
+"""Loading a model from a checkpoint folder (safetensors, single or sharded) or a GGUF file.
+
+Both are memory-mapped. A ``folder`` below is the path of either.
+"""
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 
@@ -13,6 +17,8 @@ from quire.errors import CheckpointError, UnsupportedModelError
 from quire.models.blocks import MLP, MixtureOfExperts, Normalise
 from quire.models.config import Config
 from quire.models.decoder import Decoder, Layer
+from quire.models.gguf import GGUFFile, is_gguf
+from quire.models.gguf_config import gguf_config
 from quire.models.registry import spec_from_config
 from quire.models.spec import LayerSpec, ModelSpec
 from quire.models.tokenizer import read_json
@@ -34,16 +40,23 @@ _BUFFERS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
 
 
 def read_config(folder: Path) -> Config:
-    """``config.json`` of a checkpoint folder. Raises CheckpointError."""
+    """``config.json`` of a checkpoint folder, or what stands for it. Raises ModelError."""
+    if is_gguf(folder):
+        return gguf_config(GGUFFile(folder))
     if not folder.is_dir():
         raise CheckpointError(
             f"There is no checkpoint folder {folder}.",
             value=str(folder),
-            action='Give a folder with config.json and *.safetensors, or "demo".',
+            action='Give a folder with config.json and *.safetensors, a .gguf file, or "demo".',
         )
     config = read_json(folder / "config.json")
     if not config:
-        raise CheckpointError(f"{folder} has no config.json.", value=str(folder))
+        single = next(folder.glob("*.gguf"), None)
+        raise CheckpointError(
+            f"{folder} has no config.json.",
+            value=str(folder),
+            action="" if single is None else f"Give the path of the file itself: {single}",
+        )
     return config
 
 
@@ -63,9 +76,19 @@ class Checkpoint:
         self._open: dict[Path, safe_open] = {}
         self._matrix = stored.reader(self.quantisation)
 
+    @property
+    def method(self) -> str | None:
+        """How the weights are quantised; None if they are not."""
+        return None if self.quantisation is None else str(self.quantisation["quant_method"])
+
     def names(self) -> list[str]:
         """All tensor names."""
         return list(self._where)
+
+    def held_bytes(self, name: str, dtype: torch.dtype) -> int:
+        """Bytes that a tensor takes once loaded, at most."""
+        shape, stored_as = self.header(name)
+        return stored.held_bytes(name, shape, stored_as, dtype)
 
     def header(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of a tensor. Raises CheckpointError."""
@@ -166,22 +189,39 @@ def _index(folder: Path) -> dict[str, Path]:
     }
 
 
+def open_checkpoint(path: Path) -> Checkpoint | GGUFFile:
+    """The tensors of a folder or a GGUF file. Raises CheckpointError."""
+    return GGUFFile(path) if is_gguf(path) else Checkpoint(path)
+
+
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of the checkpoint's embedding, which stays floating point in all formats.
+    """The dtype of the checkpoint's embedding, bfloat16 for a quantised GGUF file.
 
     The scales of quantised weights have no say: they are often float16 in bfloat16 models.
     """
-    name = load_spec(folder).names.embed
-    return Checkpoint(folder).header(f"{name}.weight")[1]
+    checkpoint = open_checkpoint(folder)
+    if isinstance(checkpoint, GGUFFile) and checkpoint.method is not None:
+        return torch.bfloat16
+    return checkpoint.header(f"{load_spec(folder).names.embed}.weight")[1]
 
 
-def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
-    """Bytes of all weights when held in ``dtype``; reads only the files' headers."""
-    checkpoint = Checkpoint(folder)
+def weight_bytes(folder: Path, dtype: torch.dtype, weights: Asked | None = None) -> int:
+    """Bytes of all weights when held, or a little more; reads only the files' headers."""
+    checkpoint = open_checkpoint(folder)
     spec = load_spec(folder)
-    names = [n for n in checkpoint.names() if not (spec.tied and n == f"{spec.names.head}.weight")]
-    shapes = {name: checkpoint.header(name)[0] for name in names}
-    return stored.count(shapes, checkpoint.quantisation) * dtype.itemsize
+    head, embed = (f"{n}.weight" for n in (spec.names.head, spec.names.embed))
+    total = 0
+    for name in checkpoint.names():
+        shape = checkpoint.header(name)[0]
+        dense = math.prod(shape) * dtype.itemsize
+        if name == embed:
+            total += dense
+        layers = ".layers." in name and len(shape) == 2 and not name.endswith("norm.weight")
+        if weights is not None and (layers or (weights.bits == 8 and name in (head, embed))):
+            total += weights.nbytes(shape) if name != embed or spec.tied else 0
+        elif name != embed and not (name == head and spec.tied):
+            total += checkpoint.held_bytes(name, dtype)
+    return total
 
 
 def load_model(
@@ -201,10 +241,10 @@ def load_model(
     spec = load_spec(folder, context)
     if dtype is None:
         dtype = stored_dtype(folder)
-    checkpoint = Checkpoint(folder)
-    if weights is not None and checkpoint.quantisation is not None:
+    checkpoint = open_checkpoint(folder)
+    if weights is not None and checkpoint.method is not None:
         raise UnsupportedModelError(
-            f"{folder} is quantised already ({checkpoint.quantisation['quant_method']}).",
+            f"{folder} is quantised already ({checkpoint.method}).",
             value=str(weights),
             action="Leave --weights out, or give the model's float16 or bfloat16 version.",
         )
@@ -217,7 +257,7 @@ class _Loader:
     def __init__(
         self,
         spec: ModelSpec,
-        checkpoint: Checkpoint,
+        checkpoint: Checkpoint | GGUFFile,
         dtype: torch.dtype,
         device: str,
         asked: Asked | None,
@@ -263,8 +303,9 @@ class _Loader:
         if name in self.checkpoint.used:
             return False
         # Writers of GPTQ give a bias of zeros to layers that have none.
-        padding = self.checkpoint.quantisation is not None and name.endswith(".bias")
-        return not padding or bool(self.checkpoint.read(name).any())
+        padding = self.checkpoint.method is not None and name.endswith(".bias")
+        shape = self.checkpoint.header(name)[0]
+        return not padding or bool(self.checkpoint.get(name, shape).any())
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self.checkpoint.get(name, shape).to(self.device, self.dtype)

@@ -11,6 +11,8 @@ import tokenizers
 
 from quire.errors import CheckpointError, InvalidRequestError
 from quire.models.chat import render_chat
+from quire.models.gguf import GGUFFile, is_gguf
+from quire.models.gguf_tokenizer import tokenizer_parts
 
 CONTEXT_TOKENS = 6  # tokens of left context with which new tokens are decoded
 
@@ -39,7 +41,9 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
-        """Read the tokenizer of a checkpoint folder. Raises CheckpointError."""
+        """Read the tokenizer of a checkpoint folder or a GGUF file. Raises ModelError."""
+        if is_gguf(folder):
+            return cls(**tokenizer_parts(GGUFFile(folder)))
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise CheckpointError(

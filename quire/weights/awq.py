@@ -30,11 +30,6 @@ def check(config: Settings) -> None:
     packed.group_size(config)
 
 
-def packed_bits(config: Settings, name: str) -> int:  # noqa: ARG001
-    """Bits of a code of the layer ``name``."""
-    return 4
-
-
 def matrix(read: Read, has: Has, name: str, shape: tuple[int, int], config: Settings) -> Matrix:
     """The matrix ``[out, in]`` of the layer ``name``: `Grouped`, or `Dense` if it has no codes.
 

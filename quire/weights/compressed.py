@@ -65,12 +65,6 @@ def _check_scheme(config: Settings, at: str, scheme: object) -> None:
     one_of(config, f"{at}.output_activations", outputs, _NOTHING)
 
 
-def packed_bits(config: Settings, name: str) -> int:
-    """Bits of a code of the layer ``name``."""
-    scheme = _scheme(config, name)
-    return 8 if scheme is None else int(scheme["weights"].get("num_bits", 8))
-
-
 def matrix(read: Read, has: Has, name: str, shape: tuple[int, int], config: Settings) -> Matrix:
     """The matrix ``[out, in]`` of the layer ``name``.
 

@@ -40,11 +40,6 @@ def check(config: Settings) -> None:
             _settings(config, {**config, **changes})
 
 
-def packed_bits(config: Settings, name: str) -> int:
-    """Bits of a code of the layer ``name``."""
-    return _layer(config, name).bits
-
-
 def matrix(read: Read, has: Has, name: str, shape: tuple[int, int], config: Settings) -> Matrix:
     """The matrix ``[out, in]`` of the layer ``name``.
 

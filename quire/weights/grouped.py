@@ -19,11 +19,10 @@ from quire.weights.formats import Grouped
 
 @dataclass(frozen=True)
 class GroupedProduct:
-    """The ``matrix`` as it came, or ``codes`` packed for the native kernels (int32
-    ``[out / 16, in * bits / 32, 16]``) with ``scales``, ``offsets`` float32
-    ``[out / 16, groups, 16]``. ``invariant``: one path for any number of rows."""
+    """``codes`` int32 ``[out / 16, in * bits / 32, 16]``, ``scales`` and ``offsets`` float32
+    ``[out / 16, groups, 16]``, outs padded with zeros. ``invariant``: one path for any number of
+    rows."""
 
-    matrix: Grouped | None
     codes: Tensor
     scales: Tensor
     offsets: Tensor | None
@@ -33,23 +32,12 @@ class GroupedProduct:
     invariant: bool
 
     @classmethod
-    def make(
-        cls, matrix: Grouped, dtype: torch.dtype, *, invariant: bool = False
-    ) -> GroupedProduct:
-        """Packs the matrix if the native kernels can use it with activations of ``dtype``."""
-        codes, scales, offsets = matrix.codes, matrix.scales.float(), matrix.offsets
-        offsets = None if offsets is None else offsets.float()
-        like = torch.empty(0, dtype=dtype, device=codes.device)
-        packs = native.fits(like) and matrix.group % 16 == 0
-        if packs:
-            codes = _pack(codes, matrix.bits)
-            scales = _by_tile(scales)
-            offsets = None if offsets is None else _by_tile(offsets)
+    def make(cls, matrix: Grouped, *, invariant: bool = False) -> GroupedProduct:
+        """Packs a matrix whose inputs and groups fill 32-bit words (see `packs`)."""
         return cls(
-            None if packs else matrix,
-            codes,
-            scales,
-            offsets,
+            _pack(matrix.codes, matrix.bits),
+            _by_tile(matrix.scales.float()),
+            None if matrix.offsets is None else _by_tile(matrix.offsets.float()),
             matrix.bits,
             matrix.group,
             matrix.shape[0],
@@ -64,7 +52,7 @@ class GroupedProduct:
 
     def __call__(self, x: Tensor, bias: Tensor | None, add: Tensor | None) -> Tensor:
         """``x W^T + bias + add``: ``x`` ``[rows, in]`` -> ``[rows, out]``, in x's dtype."""
-        if self.matrix is None and native.fits(x):
+        if native.fits(x):
             return native.grouped(
                 x,
                 self.codes,
@@ -75,14 +63,13 @@ class GroupedProduct:
                 self.outs,
                 bias,
                 add,
-                few=not self.invariant,
+                few=not self.invariant and self.group % 16 == 0,
             )
-        out = functional.linear(x, self._unpacked().dequantise().to(x.dtype), bias)
+        out = functional.linear(x, self.unpacked().dequantise().to(x.dtype), bias)
         return out if add is None else add + out
 
-    def _unpacked(self) -> Grouped:
-        if self.matrix is not None:
-            return self.matrix
+    def unpacked(self) -> Grouped:
+        """The matrix as it was packed."""
         codes = _unpack(self.codes, self.bits)[: self.outs]
         scales, offsets = (
             None if part is None else part.transpose(1, 2).flatten(0, 1)[: self.outs]
@@ -90,6 +77,11 @@ class GroupedProduct:
         )
         assert scales is not None
         return Grouped(codes, scales, offsets, self.bits, self.group)
+
+
+def packs(matrix: Grouped) -> bool:
+    """Whether groups fill 32-bit words."""
+    return matrix.group % (32 // matrix.bits) == 0
 
 
 def _places(bits: int) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from quire.weights.dense import DenseProduct
-from quire.weights.formats import ByChannel, Grouped, Matrix
-from quire.weights.grouped import GroupedProduct
+from quire.weights.formats import ByChannel, Dense, Grouped, Matrix
+from quire.weights.grouped import GroupedProduct, packs
 from quire.weights.int8 import Int8Product
 
 
@@ -52,7 +52,9 @@ def make_product(matrix: Matrix, dtype: torch.dtype, *, invariant: bool = False)
     match matrix:
         case ByChannel():
             return Int8Product.make(matrix, dtype)
-        case Grouped():
-            return GroupedProduct.make(matrix, dtype, invariant=invariant)
-        case _:
+        case Grouped() if packs(matrix):
+            return GroupedProduct.make(matrix, invariant=invariant)
+        case Dense():
             return DenseProduct.make(matrix.values.to(dtype))
+        case _:
+            return DenseProduct.make(matrix.dequantise().to(dtype))

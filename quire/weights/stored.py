@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from quire.errors import CheckpointError, UnsupportedModelError
 from quire.weights import awq, compressed, gptq, packed
@@ -17,25 +20,16 @@ Reader = Callable[[Read, Has, str, tuple[int, int]], Matrix]
 @dataclass(frozen=True)
 class _Format:
     check: Callable[[Settings], None]
-    bits: Callable[[Settings, str], int]
     matrix: Callable[[Read, Has, str, tuple[int, int], Settings], Matrix]
 
 
 _FORMATS = {
-    "awq": _Format(awq.check, awq.packed_bits, awq.matrix),
-    "compressed-tensors": _Format(compressed.check, compressed.packed_bits, compressed.matrix),
-    "gptq": _Format(gptq.check, gptq.packed_bits, gptq.matrix),
+    "awq": _Format(awq.check, awq.matrix),
+    "compressed-tensors": _Format(compressed.check, compressed.matrix),
+    "gptq": _Format(gptq.check, gptq.matrix),
 }
-_PACKED = (".qweight", ".weight_packed")
-_BESIDE = (
-    ".qzeros",
-    ".scales",
-    ".g_idx",
-    ".weight_scale",
-    ".weight_zero_point",
-    ".weight_shape",
-    ".weight_g_idx",
-)
+_SCALES = (".scales", ".weight_scale")
+_ZEROS = (".qzeros", ".weight_zero_point")
 
 
 def reader(config: Any) -> Reader:
@@ -51,21 +45,17 @@ def reader(config: Any) -> Reader:
     return lambda read, has, name, shape: stored.matrix(read, has, name, shape, config)
 
 
-def count(shapes: Mapping[str, tuple[int, ...]], config: Any) -> int:
-    """How many weights tensors of these names and shapes stand for, last words counted as full.
+def held_bytes(name: str, shape: tuple[int, ...], stored: torch.dtype, dtype: torch.dtype) -> int:
+    """Bytes that a tensor of a checkpoint takes once loaded, at most.
 
-    Scales, zeros and the like beside packed codes are not counted.
+    Codes stay as they are, scales become float32, and each packed zero a float32 offset.
     """
-    total = 0
-    for name, shape in shapes.items():
-        size = 1
-        for width in shape:
-            size *= width
-        if config is not None and name.endswith(_PACKED):
-            size = size * 32 // _format(config).bits(config, name.rpartition(".")[0])
-        if config is None or not name.endswith(_BESIDE):
-            total += size
-    return total
+    size = math.prod(shape)
+    if name.endswith(_ZEROS):
+        return size * stored.itemsize * 2 * 4
+    if not stored.is_floating_point:
+        return size * stored.itemsize
+    return size * (4 if name.endswith(_SCALES) else dtype.itemsize)
 
 
 def _format(config: Any) -> _Format:

@@ -38,10 +38,10 @@ def test_sharded_equals_single(folder: Path, tmp_path: Path) -> None:
         save_file({n: weights[n] for n in names if where[n] == file}, str(sharded / file))
     (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     one, many = load_model(folder), load_model(sharded)
-    assert torch.equal(one.embedding, many.embedding)
+    assert torch.equal(one.embedding.values, many.embedding.values)
     for a, b in zip(one.layers, many.layers, strict=True):
         assert torch.equal(a.qkv.product.unpacked(), b.qkv.product.unpacked())
-        assert torch.equal(a.out.weight, b.out.weight)
+        assert torch.equal(a.out.product.unpacked(), b.out.product.unpacked())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -148,7 +148,8 @@ def test_context_within_the_model(folder: Path) -> None:
 
 def test_architectures_are_small() -> None:
     shared = {"blocks", "chat", "config", "decoder", "loader", "registry", "rope", "spec"}
-    files = [f for f in ROOM.glob("*.py") if f.stem not in shared | {"tokenizer", "__init__"}]
+    shared |= {"tokenizer", "gguf", "gguf_config", "gguf_tokenizer", "__init__"}
+    files = [f for f in ROOM.glob("*.py") if f.stem not in shared]
     assert len(files) == len(SUPPORTED)
     assert all(len(file.read_text().splitlines()) < 100 for file in files)
 

@@ -15,10 +15,10 @@ from compressed_tensors.quantization import (
     apply_quantization_config,
 )
 from compressed_tensors.quantization.utils import calculate_qparams
-from whole import Tensors, assert_same_logits, tiny
+from whole import Tensors, assert_planned, assert_same_logits, tiny
 
 from quire.errors import CheckpointError, UnsupportedModelError
-from quire.models.loader import load_model, stored_dtype, weight_bytes
+from quire.models.loader import load_model, stored_dtype
 from quire.weights.compressed import matrix
 from quire.weights.formats import ByChannel, Dense, Grouped
 from quire.weights.stored import reader
@@ -290,11 +290,11 @@ def test_whole_model(
     compressor.decompress_model(model)
 
     oracle = transformers.LlamaForCausalLM(model.config).eval()  # in float activations
-    count = sum(p.numel() for p in oracle.parameters())
     oracle.load_state_dict(
         {name: tensor for name, tensor in model.state_dict().items() if "weight_" not in name}
     )
-    assert_same_logits(tmp_path, oracle)
+    # With int8 activations the logits, some 3 apart, move by the rounding of each product.
+    assert_same_logits(tmp_path, oracle, 2e-4 if inputs is None else 0.15)
     assert stored_dtype(tmp_path) == torch.float32
-    assert weight_bytes(tmp_path, torch.float32) == 4 * count
+    assert_planned(tmp_path)
     assert load_model(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16

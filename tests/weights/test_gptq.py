@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from whole import Tensors, assert_same_logits, save
+from whole import Tensors, assert_planned, assert_same_logits, save
 
 from quire.errors import CheckpointError, UnsupportedModelError
-from quire.models.loader import load_model, load_spec, stored_dtype, weight_bytes
+from quire.models.loader import load_model, load_spec, stored_dtype
 from quire.weights.formats import Dense, Grouped
 from quire.weights.gptq import matrix
 from quire.weights.stored import reader
@@ -225,8 +225,7 @@ def test_whole_model(bits: int, group: int, tmp_path: Path) -> None:
     oracle = save(tmp_path, settings, lambda s, g: layer(s, g, bits=bits, group=group))
     assert_same_logits(tmp_path, oracle)
     assert stored_dtype(tmp_path) == torch.float32
-    count = sum(p.numel() for p in oracle.parameters())
-    assert weight_bytes(tmp_path, torch.float16) == 2 * count
+    assert_planned(tmp_path)
 
 
 def test_the_dtype_is_that_of_the_embedding(tmp_path: Path) -> None:
@@ -239,7 +238,7 @@ def test_the_dtype_is_that_of_the_embedding(tmp_path: Path) -> None:
         save_file(changed, file)
         assert stored_dtype(tmp_path) == dtype
         model = load_model(tmp_path)
-        assert model.embedding.dtype == model.layers[0].qkv.weight.dtype == dtype
+        assert model.dtype == dtype
 
 
 def test_biases_of_zeros_are_no_news(tmp_path: Path) -> None:

@@ -13,14 +13,18 @@ from quire.decode.params import SamplingParams
 
 FLAGS = {
     "run": {
-        "source", "--output", "--model", "--dtype", "--threads", "--memory", "--kv-memory",
+        "source", "--output", "--model", "--dtype", "--weights", "--threads", "--memory",
+        "--kv-memory",
         "--policy", "--chunk", "--window", "--context", "--device", "--template", "--order",
         "--on-overlong", "--limit", "--max-tokens", "--temperature", "--top-p", "--top-k",
         "--min-p", "--stop", "--seed", "--dry-run", "--stats", "--overwrite", "--plain",
+        "--deterministic",
     },
+    "convert": {"model", "output", "--weights", "--dtype"},
+    "info": {"--model"},
     "bench": {
         "--workload", "--shape", "--system", "--scale", "--repeat", "--chunk", "--threads",
-        "--device", "--folder",
+        "--device", "--folder", "--weights", "--deterministic",
     },
 }  # fmt: skip
 

@@ -26,6 +26,7 @@ from quire.errors import (
     QuireError,
     RequestError,
 )
+from quire.kernels import native
 from quire.models.loader import load_model
 from quire.schedule.policies import POLICIES
 
@@ -40,8 +41,11 @@ class LLM:
     ``"batch"`` plans all prompts together, ``"fcfs"`` takes them in order. ``chunk``: most tokens
     in a step. ``window``: most requests planned together. ``context``: longest sequence (default:
     the model's). ``on_overlong``: what to do with a prompt that leaves no room in the context.
-    ``plain`` uses the reference attention. ``stall_seconds``: a step longer than that is a fault.
-    ``on_budget`` receives the memory table before weights are loaded.
+    ``weights``: ``"int8"`` or ``"int4"`` quantises them on load (`quire.weights.quantise.parse` has
+    all forms). ``deterministic``: a request's tokens do not depend on what it is batched with.
+    ``plain`` uses PyTorch alone and the reference attention, for the whole process until the next
+    LLM is made. ``stall_seconds``: a step longer than that is a fault. ``on_budget`` receives the
+    memory table before weights are loaded.
 
     Raises ModelError, MemoryBudgetError or InvalidRequestError (a bad option).
     """
@@ -51,6 +55,7 @@ class LLM:
         model: str | Path = "demo",
         *,
         dtype: str | None = None,
+        weights: str | None = None,
         memory: str | int | None = None,
         kv_memory: str | int | None = None,
         policy: str = "batch",
@@ -61,6 +66,7 @@ class LLM:
         device: str = "cpu",
         seed: int = 0,
         on_overlong: Overlong = "error",
+        deterministic: bool = False,
         plain: bool = False,
         stall_seconds: float = 600.0,
         on_budget: Callable[[str], None] | None = None,
@@ -75,9 +81,13 @@ class LLM:
                 raise InvalidRequestError(f"{name} must be at least 1.", field=name, value=value)
         if threads is not None:
             torch.set_num_threads(threads)
+        native.configure(plain=plain)
+        if device == "cpu" and not plain:
+            native.warn_if_missing()
         self.setup = Setup.make(
             model,
             dtype=dtype,
+            weights=weights,
             memory=memory,
             kv_memory=kv_memory,
             chunk=chunk,
@@ -93,13 +103,21 @@ class LLM:
         self.on_overlong = on_overlong
         self.stall_seconds = stall_seconds
         self._engine: Engine | None = Engine(
-            load_model(self.setup.folder, dtype=self.setup.dtype, device=device, context=context),
+            load_model(
+                self.setup.folder,
+                dtype=self.setup.dtype,
+                device=device,
+                context=context,
+                weights=self.setup.weights,
+                deterministic=deterministic,
+            ),
             self.tokenizer,
             policy=POLICIES[policy],
             kv_bytes=self.setup.budget.kv,
             chunk=chunk,
             eos_ids=self.tokenizer.eos_ids,
             plain=plain,
+            deterministic=deterministic,
         )
         self._next_id = 0
 

@@ -17,6 +17,7 @@ from quire.kv.arena import token_bytes
 from quire.models.loader import load_spec, stored_dtype, weight_bytes
 from quire.models.spec import ModelSpec
 from quire.models.tokenizer import Tokenizer
+from quire.weights.quantise import Asked, parse
 
 Prompt = str | Mapping[str, Any]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -36,6 +37,7 @@ class Setup:
     folder: Path
     spec: ModelSpec
     dtype: torch.dtype
+    weights: Asked | None
     budget: Budget
     limits: Limits
     tokenizer: Tokenizer
@@ -46,6 +48,7 @@ class Setup:
         model: str | Path,
         *,
         dtype: str | None = None,
+        weights: str | None = None,
         memory: str | int | None = None,
         kv_memory: str | int | None = None,
         chunk: int = 512,
@@ -56,10 +59,11 @@ class Setup:
         folder = model_folder(model)
         spec = load_spec(folder, context=context)
         held = DTYPES[dtype] if dtype is not None else stored_dtype(folder)
+        asked = parse(weights) if weights is not None else None
         kv_token = token_bytes(len(spec.layers), spec.kv_heads, spec.head_dim, held)
         budget = make_budget(
             spec,
-            weight_bytes(folder, held),
+            weight_bytes(folder, held, asked),
             dtype=held,
             chunk=chunk,
             kv_token=kv_token,
@@ -68,7 +72,7 @@ class Setup:
             device=device,
         )
         limits = Limits.make(spec.context, budget.kv, kv_token)
-        return cls(folder, spec, held, budget, limits, Tokenizer.load(folder))
+        return cls(folder, spec, held, asked, budget, limits, Tokenizer.load(folder))
 
     def encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """Text (None where there is none) and token ids of a prompt. Raises InvalidRequestError."""

@@ -15,6 +15,7 @@ from quire.engine.request import EngineRequest
 from quire.kv.arena import token_bytes
 from quire.models.loader import load_model
 from quire.schedule.policies import POLICIES
+from quire.weights.quantise import Asked
 
 AMPLE_KV_BYTES = 6 << 30
 
@@ -44,9 +45,13 @@ def run_policy(
     dtype: torch.dtype | None = None,
     chunk: int = 512,
     device: str = "cpu",
+    weights: Asked | None = None,
+    deterministic: bool = False,
 ) -> Measured:
     """Run the workload to its end under ``policy``; greedy, ``workload.output`` tokens each."""
-    model = load_model(folder, dtype=dtype, device=device)
+    model = load_model(
+        folder, dtype=dtype, device=device, weights=weights, deterministic=deterministic
+    )
     spec = model.spec
     size = token_bytes(len(spec.layers), spec.kv_heads, spec.head_dim, model.dtype)
     kv_bytes = AMPLE_KV_BYTES
@@ -54,7 +59,14 @@ def run_policy(
         kv_bytes = (
             int(workload.kv_share * (workload.optimum_tokens + workload.output_tokens)) * size
         )
-    engine = Engine(model, None, policy=POLICIES[policy], kv_bytes=kv_bytes, chunk=chunk)
+    engine = Engine(
+        model,
+        None,
+        policy=POLICIES[policy],
+        kv_bytes=kv_bytes,
+        chunk=chunk,
+        deterministic=deterministic,
+    )
     params = SamplingParams(
         temperature=0.0, max_tokens=workload.output, ignore_eos=True, n=workload.samples
     )

@@ -18,6 +18,8 @@ from quire.bench.shapes import SHAPES, make_checkpoint
 from quire.bench.workloads import WORKLOADS, make_workload
 from quire.engine.budget import format_bytes
 from quire.jobs.run import peak_rss
+from quire.kernels import native
+from quire.weights.quantise import parse
 
 SYSTEMS = ("batch", "fcfs", "transformers")
 
@@ -35,6 +37,12 @@ def bench(
     chunk: Annotated[int, typer.Option(help="Most tokens computed in a step.")] = 512,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    weights: Annotated[
+        str | None, typer.Option(help="Quantise on load, as in quire run; not for transformers.")
+    ] = None,
+    deterministic: Annotated[
+        bool, typer.Option(help="Deterministic mode; not for transformers.")
+    ] = False,
     folder: Annotated[Path, typer.Option(help="Where random checkpoints are kept.")] = Path(
         "bench-out"
     ),
@@ -50,6 +58,8 @@ def bench(
         raise typer.Exit(2)
     if threads is not None:
         torch.set_num_threads(threads)
+    asked = parse(weights) if weights is not None else None
+    native.configure()
     checkpoint = make_checkpoint(shape, folder)
     results: list[Measured] = []
     for name in names:
@@ -60,7 +70,15 @@ def bench(
                 if each == "transformers":
                     found = run_transformers(checkpoint, job, device=device)
                 else:
-                    found = run_policy(each, checkpoint, job, chunk=chunk, device=device)
+                    found = run_policy(
+                        each,
+                        checkpoint,
+                        job,
+                        chunk=chunk,
+                        device=device,
+                        weights=asked,
+                        deterministic=deterministic,
+                    )
                 if each not in best or found.seconds < best[each].seconds:
                     best[each] = found
                 print(f"{name} {each}: {found.seconds:.1f} s", file=sys.stderr, flush=True)
@@ -72,6 +90,9 @@ def bench(
                 "shape": shape,
                 "threads": torch.get_num_threads(),
                 "scale": scale,
+                "weights": weights,
+                "deterministic": deterministic,
+                "kernels": native.active(),
                 "repeat": repeat,
                 "peak_rss_bytes": peak_rss(),
                 "results": [asdict(result) for result in results],

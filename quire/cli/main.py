@@ -5,6 +5,8 @@ from __future__ import annotations
 import typer
 
 from quire.cli.bench import bench
+from quire.cli.convert import convert
+from quire.cli.info import info
 from quire.cli.run import run
 
 app = typer.Typer(
@@ -16,3 +18,5 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(bench)
+app.command()(convert)
+app.command()(info)

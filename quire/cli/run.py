@@ -63,10 +63,14 @@ def run(
         str, typer.Option("--output", "-o", help="JSONL file, or - for standard output.")
     ] = "-",
     model: Annotated[
-        str, typer.Option(help='Checkpoint folder, or "demo" for the bundled model.')
+        str, typer.Option(help='Checkpoint folder, .gguf file, or "demo" for the bundled model.')
     ] = "demo",
     dtype: Annotated[
         Dtype | None, typer.Option(help="Dtype of weights and KV. Default: the checkpoint's.")
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Quantise on load: int8, int4, or int4:GROUP with or without +zeros."),
     ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads. Default: all cores.")] = None,
     memory: Annotated[
@@ -106,7 +110,12 @@ def run(
     ] = False,
     stats: Annotated[Path | None, typer.Option(help="Write the summary as JSON.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing output file.")] = False,
-    plain: Annotated[bool, typer.Option(help="Use the reference attention (slow).")] = False,
+    deterministic: Annotated[
+        bool, typer.Option(help="A row's tokens do not depend on the rows beside it (slower).")
+    ] = False,
+    plain: Annotated[
+        bool, typer.Option(help="PyTorch alone and the reference attention (slow).")
+    ] = False,
 ) -> None:
     """Run every row of INPUT through a model.
 
@@ -125,6 +134,7 @@ def run(
         started = time.perf_counter()
         options: dict[str, Any] = {
             "dtype": dtype.value if dtype else None,
+            "weights": weights,
             "memory": memory,
             "kv_memory": kv_memory,
             "chunk": chunk,
@@ -144,6 +154,7 @@ def run(
             window=window,
             seed=seed,
             on_overlong=on_overlong.value,
+            deterministic=deterministic,
             plain=plain,
             on_budget=lambda table: _say(f"Memory\n{table}"),
         ) as llm:

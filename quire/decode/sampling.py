@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quire.decode.params import SamplingParams
 from quire.decode.rng import uniform
+from quire.kernels import native
 
 
 @dataclass
@@ -62,7 +63,7 @@ def sample(logits: Tensor, rows: Sequence[RowState]) -> Sampled:
     _add_bias(logits, rows)
     _penalise(logits, rows)
     _mask(logits, rows)
-    chosen = logits.argmax(-1)
+    chosen = native.argmax(logits) if native.fits(logits) else logits.argmax(-1)
     drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
     if drawn:
         index = torch.tensor(drawn, device=logits.device)
@@ -169,6 +170,17 @@ def _penalise(logits: Tensor, rows: Sequence[RowState]) -> None:
 def _draw(logits: Tensor, rows: Sequence[RowState]) -> Tensor:
     """Draw one token a row: ``logits`` float32 ``[rows, vocab]`` -> int64 ``[rows]``."""
     device = logits.device
+    draws = uniform([row.seed for row in rows], [len(row.output) for row in rows])
+    params = [row.params for row in rows]
+    if native.fits(logits):
+        return native.sample(
+            logits,
+            [p.temperature for p in params],
+            [p.top_k for p in params],
+            [p.top_p for p in params],
+            [p.min_p for p in params],
+            torch.from_numpy(draws),
+        )
 
     def column(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
@@ -181,7 +193,6 @@ def _draw(logits: Tensor, rows: Sequence[RowState]) -> Tensor:
             [math.log(r.params.min_p) if r.params.min_p else -math.inf for r in rows]
         )
         logits.masked_fill_(logits < floor, -math.inf)
-    draws = uniform([row.seed for row in rows], [len(row.output) for row in rows])
     mass = logits.softmax(-1).double().cumsum(-1)  # [rows, vocab]
     point = torch.from_numpy(draws).to(device)[:, None] * mass[:, -1:]
     chosen = torch.searchsorted(mass, point, right=True)[:, 0]

@@ -7,12 +7,15 @@ beside its caller; tests compare the two for every instruction set.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
-import torch  # first, so that the extension shares PyTorch's OpenMP threads
+import torch
 from torch import Tensor
+
+from quire.errors import InvalidRequestError
 
 PAGE = 16  # tokens of a tile of keys or values
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
@@ -28,7 +31,8 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 _extension, missing_because = _load()
-_chosen = "plain" if _extension is None else str(_extension.active())
+best = "plain" if _extension is None else str(_extension.active())
+_chosen = best
 
 
 def available() -> list[str]:
@@ -51,6 +55,25 @@ def use(name: str) -> str:
         _native().use(name)
     _chosen = name
     return before
+
+
+def configure(*, plain: bool = False) -> None:
+    """Take the best kernels, or those that QUIRE_KERNELS names, and as many threads as PyTorch.
+
+    ``plain``: PyTorch alone. For the whole process. Raises InvalidRequestError.
+    """
+    asked = "plain" if plain else os.environ.get("QUIRE_KERNELS", best)
+    if asked not in available():
+        raise InvalidRequestError(
+            f"QUIRE_KERNELS is {asked!r}.",
+            field="QUIRE_KERNELS",
+            value=asked,
+            limit=available(),
+            action=f"On this machine it can be {', '.join(available())}.",
+        )
+    use(asked)
+    if _extension is not None:
+        _extension.set_threads(torch.get_num_threads())
 
 
 def warn_if_missing() -> None:

@@ -6,6 +6,7 @@ Both are memory-mapped. A ``folder`` below is the path of either.
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from pathlib import Path
 
@@ -216,12 +217,22 @@ def weight_bytes(folder: Path, dtype: torch.dtype, weights: Asked | None = None)
         dense = math.prod(shape) * dtype.itemsize
         if name == embed:
             total += dense
-        layers = ".layers." in name and len(shape) == 2 and not name.endswith("norm.weight")
-        if weights is not None and (layers or (weights.bits == 8 and name in (head, embed))):
+        if weights is not None and (
+            is_layer_matrix(spec, name, shape) or (weights.bits == 8 and name in (head, embed))
+        ):
             total += weights.nbytes(shape) if name != embed or spec.tied else 0
         elif name != embed and not (name == head and spec.tied):
             total += checkpoint.held_bytes(name, dtype)
     return total
+
+
+def is_layer_matrix(spec: ModelSpec, name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is a matrix of a layer that is quantised when that is asked for."""
+    names = spec.names
+    layers = [*names.qkv, names.out, *names.up, names.down, *names.expert_up, names.expert_down]
+    generic = re.sub(r"\.\d+\.", ".#.", name.removesuffix(".weight"))
+    patterns = {re.sub(r"\{[ie]\}", "#", layer) for layer in layers}
+    return len(shape) == 2 and name.endswith(".weight") and generic in patterns
 
 
 def load_model(

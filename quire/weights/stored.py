@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from quire.errors import CheckpointError, UnsupportedModelError
-from quire.weights import awq, compressed, gptq, packed
+from quire.weights import awq, compressed, gptq, packed, saved
 from quire.weights.formats import Matrix
 from quire.weights.packed import Has, Read, Settings
 
@@ -27,6 +27,7 @@ _FORMATS = {
     "awq": _Format(awq.check, awq.matrix),
     "compressed-tensors": _Format(compressed.check, compressed.matrix),
     "gptq": _Format(gptq.check, gptq.matrix),
+    saved.METHOD: _Format(saved.check, saved.matrix),
 }
 _SCALES = (".scales", ".weight_scale")
 _ZEROS = (".qzeros", ".weight_zero_point")

@@ -16,9 +16,8 @@
 
 #include "kernels.h"
 #include "plan.h"
+#include "pool.h"
 #include "targets.h"  // QUIRE_TARGETS(X): X(isa) for each target, written by CMake
-
-#include <omp.h>
 
 namespace nb = nanobind;
 
@@ -86,7 +85,7 @@ AttentionPlan make_plan(Ints reads, Shorts pages, Ints positions, std::optional<
     plan.head_dim = head_dim;
     plan.window = window;
     plan.in_order = in_order;
-    make_tasks(plan, omp_get_max_threads());
+    make_tasks(plan, threads());
     return plan;
 }
 
@@ -210,7 +209,8 @@ NB_MODULE(_native, m) {
     m.def("available", available);
     m.def("use", use);
     m.def("active", [] { return std::string(active->name); });
-    m.def("threads", [] { return omp_get_max_threads(); });
+    m.def("set_threads", set_threads);
+    m.def("threads", threads);
 }
 
 }  // namespace quire

@@ -17,11 +17,15 @@ from instruction_sets import NAMES, threads, using
 from quire.weights.dense import DenseProduct
 from quire.weights.formats import ByChannel, Dense, Grouped
 from quire.weights.grouped import GroupedProduct
-from quire.weights.int8 import Int8Product, quantise_rows
+from quire.weights.int8 import Int8Product
 from quire.weights.linear import Product, make_product
 
 ROWS = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 48, 97, 193]
 OUTS = [1, 15, 16, 17, 100]
+SIZES = pytest.mark.parametrize(
+    ("outs", "ins"),
+    [*((outs, 36) for outs in OUTS), (1, 4), (16, 64), (100, 516), (15, 2052), (17, 4104)],
+)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 pytestmark = pytest.mark.usefixtures("isa")
 
@@ -91,9 +95,8 @@ def dense(outs: int, ins: int, dtype: torch.dtype) -> DenseProduct:
 
 
 @DTYPES
-@pytest.mark.parametrize("ins", [4, 36, 64, 516, 2052])
-@pytest.mark.parametrize("outs", OUTS)
-def test_dense(dtype: torch.dtype, ins: int, outs: int) -> None:
+@SIZES
+def test_dense(dtype: torch.dtype, outs: int, ins: int) -> None:
     torch.manual_seed(ins + outs)
     product = dense(outs, ins, dtype)
     weight = product.unpacked()
@@ -152,9 +155,8 @@ def by_channel(outs: int, ins: int) -> ByChannel:
 
 
 @DTYPES
-@pytest.mark.parametrize("ins", [4, 36, 64, 2052, 4104])
-@pytest.mark.parametrize("outs", OUTS)
-def test_int8(dtype: torch.dtype, ins: int, outs: int) -> None:
+@SIZES
+def test_int8(dtype: torch.dtype, outs: int, ins: int) -> None:
     torch.manual_seed(ins + outs)
     matrix = by_channel(outs, ins)
     product = Int8Product.make(matrix, dtype)
@@ -164,20 +166,22 @@ def test_int8(dtype: torch.dtype, ins: int, outs: int) -> None:
         found = call(product)
         with using("plain"):
             expected = call(product).double()
-        # A number in the middle of two levels may go either way: that happens to a few of a row.
-        _, scale = quantise_rows(call.x) if rows else (0, torch.ones(0, 1))
-        most = matrix.values.abs().amax(1) if outs else torch.ones(0)
-        level = scale * (matrix.scales.abs() * matrix.values.int().abs().amax(1))
-        assert len(most) == outs
+        # A number in the middle of two levels may become either (half the largest of a row is at
+        # 63.5, and bfloat16 numbers meet it often); a level is computed to 127 * 2^-22.
+        wide = call.x.float()
+        scale = wide.abs().amax(1, keepdim=True) / 127
+        place = wide.abs() / scale
+        middle = ((place - place.floor() - 0.5).abs() < 127 * 2**-22).double()
+        either = (middle @ matrix.values.double().abs().T) * scale * matrix.scales.abs()
+        magnitude = call.magnitude(matrix.dequantise())
         half_unit = 2**-8 if dtype == torch.bfloat16 else 2**-24
-        allowed = 2 * level + 4 * half_unit * (expected.abs() + level)
+        allowed = either + 1.1 * 2 * half_unit * (expected.abs() + either) + 2**-20 * magnitude
         assert ((found.double() - expected).abs() <= allowed).all()
 
 
 @DTYPES
-@pytest.mark.parametrize("ins", [4, 36, 2052, 4104])
-@pytest.mark.parametrize("outs", [1, 17, 100])
-def test_int8_is_exact_in_the_integers(dtype: torch.dtype, ins: int, outs: int) -> None:
+@SIZES
+def test_int8_is_exact_in_the_integers(dtype: torch.dtype, outs: int, ins: int) -> None:
     """Activations that are levels already: only the epilogue rounds."""
     torch.manual_seed(ins + outs)
     matrix = by_channel(outs, ins)
@@ -229,7 +233,7 @@ def grouped(outs: int, ins: int, bits: int, group: int, *, offsets: bool) -> Gro
 def test_grouped(
     dtype: torch.dtype, bits: int, offsets: bool, invariant: bool, group: int, ins: int
 ) -> None:
-    for case, outs in enumerate(OUTS):
+    for case, outs in enumerate(OUTS if ins < 500 else OUTS[3:4]):
         torch.manual_seed(ins + outs)
         matrix = grouped(outs, ins, bits, group, offsets=offsets)
         product = GroupedProduct.make(matrix, invariant=invariant)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from common import Job, Request, main, once
+from common import Job, PeerError, Request, main, once
 from tensors import write_int8
+
+SMALLEST_HEAD = 32
 
 
 def environment(job: Job) -> dict[str, str]:
@@ -27,6 +29,8 @@ class Vllm:
 
         self.version: str = vllm.__version__
         checkpoint = job.checkpoint
+        if job.config["head_dim"] < SMALLEST_HEAD:
+            raise PeerError(f"its attention needs heads of at least {SMALLEST_HEAD} numbers")
         if job.precision == "int8":
             target = job.cache / f"{checkpoint.name}-int8"
             checkpoint = once(target, lambda folder: write_int8(job.checkpoint, folder))

@@ -21,7 +21,6 @@ from typing import Any
 from chart import write_bars
 from install import PEERS, peer_python
 
-import quire
 from quire.bench.shapes import SHAPES, make_checkpoint
 from quire.bench.workloads import WORKLOADS, Workload, make_workload
 
@@ -125,10 +124,7 @@ def run_peer(peer: str, job: Path, timeout: float) -> Row:
     python = Path(sys.executable) if peer == "quire" else peer_python(peer)
     if not python.exists():
         return {"error": f"not installed: python {here.name}/install.py {peer}"}
-    environment = dict(os.environ)
-    environment.pop("PYTHONPATH", None)
-    if peer == "quire":
-        environment["PYTHONPATH"] = str(Path(quire.__file__).resolve().parents[1])
+    environment = {k: v for k, v in os.environ.items() if peer == "quire" or k != "PYTHONPATH"}
     log = job.with_suffix(".log")
     with log.open("w") as errors:
         process = subprocess.Popen(

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from common import Job, PeerError, Request, main, once
+from prefixes import Admission
 
 BLOCK_TOKENS = 32
 STEP_TOKENS = 512
@@ -19,7 +20,7 @@ GROUP = 32  # inputs with a scale of their own, in int4
 
 
 class OpenVino:
-    """All requests at once, KV cache and arithmetic in bfloat16."""
+    """Continuous batching with its prefix cache, KV cache and arithmetic in bfloat16."""
 
     def __init__(self, job: Job) -> None:
         import openvino_genai
@@ -30,6 +31,7 @@ class OpenVino:
         self.folder = once(target, lambda folder: _convert_aside(job, folder))
         self.pipeline = self._make()
         self.used = False
+        self.started = 0
 
     def _make(self) -> Any:
         import openvino_genai
@@ -59,21 +61,50 @@ class OpenVino:
         self.used = True
 
     def run(self, requests: list[Request]) -> int:
-        """All requests at once."""
-        import openvino
-        from openvino_genai import GenerationConfig
+        """All requests, as soon as what they share has been computed.
 
-        prompts = [openvino.Tensor(np.array([r.prompt], np.int64)) for r in requests]
-        configs = []
-        for request in requests:
-            config = GenerationConfig(max_new_tokens=request.max_tokens, ignore_eos=True)
-            if request.n > 1:
-                config.do_sample = True
-                config.temperature = 1.0
-                config.num_return_sequences = request.n
-            configs.append(config)
-        found = self.pipeline.generate(prompts, configs)
-        return sum(len(ids) for result in found for ids in result.m_generation_ids)
+        The prefix cache is asked once, when a request arrives: of requests that come together,
+        each would compute the whole prompt.
+        """
+        import openvino
+        from openvino_genai import GenerationStatus
+
+        ordered = sorted(requests, key=lambda r: r.prompt)
+        prompts = [np.array(r.prompt, np.int64) for r in ordered]
+        outputs = [r.n * (r.max_tokens + BLOCK_TOKENS) for r in ordered]
+        cells = self.job.kv_limit // self.job.token_bytes
+        admission = Admission(prompts, outputs, cells, BLOCK_TOKENS)
+        handles: dict[int, Any] = {}
+        produced = 0
+        while admission.waiting or admission.running:
+            for member in admission.next():
+                self.started += 1
+                handles[member] = self.pipeline.add_request(
+                    self.started, openvino.Tensor(prompts[member][None]), _config(ordered[member])
+                )
+            self.pipeline.step()
+            for member in list(admission.running):
+                handle = handles[member]
+                status = handle.get_status()
+                if status == GenerationStatus.FINISHED:
+                    produced += sum(len(o.generated_ids) for o in handle.read_all())
+                    admission.finish(member)
+                elif status != GenerationStatus.RUNNING:
+                    raise PeerError(f"a request ended as {status}")
+                elif handle.can_read():
+                    admission.computed.add(member)
+        return produced
+
+
+def _config(request: Request) -> Any:
+    from openvino_genai import GenerationConfig
+
+    config = GenerationConfig(max_new_tokens=request.max_tokens, ignore_eos=True)
+    if request.n > 1:
+        config.do_sample = True
+        config.temperature = 1.0
+        config.num_return_sequences = request.n
+    return config
 
 
 def _convert_aside(job: Job, folder: Path) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Tokens = NDArray[np.int32]
+Tokens = NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
@@ -97,3 +98,61 @@ def cells_needed(wave: Sequence[Sample]) -> int:
     for left, right in itertools.pairwise(wave):
         total += len(right.prompt) - common(left.prompt, right.prompt)
     return total
+
+
+class Admission:
+    """Which of some sorted prompts to start, so that what they share is found in a prefix cache.
+
+    For engines that look a prompt up once, when it arrives: a prompt waits until another has
+    computed the part that both share (of at least ``shortest`` tokens). What runs holds at most
+    ``cells`` tokens of KV, ``outputs`` of them for the output of each prompt.
+    """
+
+    def __init__(
+        self, prompts: Sequence[Tokens], outputs: Sequence[int], cells: int, shortest: int
+    ) -> None:
+        self.waiting = list(range(len(prompts)))
+        self.computed: set[int] = set()
+        self.running: set[int] = set()
+        self._outputs, self._cells, self._used = outputs, cells, 0
+        self._after: dict[int, int] = {}
+        self._paths: list[list[Segment]] = [[] for _ in prompts]
+        self._readers: dict[tuple[int, int], int] = {}
+        for level in segments(prompts):
+            for segment in level:
+                for member in range(segment.first, segment.last):
+                    self._paths[member].append(segment)
+                    if member != segment.first and len(segment.tokens) >= shortest:
+                        self._after[member] = segment.first
+
+    def next(self) -> list[int]:
+        """Prompts to start now, in their order; a later one does not overtake for its size."""
+        found = []
+        for member in list(self.waiting):
+            if member in self._after and self._after[member] not in self.computed:
+                continue
+            added = self._outputs[member] + sum(
+                len(s.tokens) for s in self._paths[member] if not self._count(s)
+            )
+            if self.running and self._used + added > self._cells:
+                break
+            self._used += added
+            for segment in self._paths[member]:
+                self._readers[segment.first, segment.start] = self._count(segment) + 1
+            self.waiting.remove(member)
+            self.running.add(member)
+            found.append(member)
+        return found
+
+    def finish(self, member: int) -> None:
+        """A prompt has all its output."""
+        self.computed.add(member)
+        self.running.remove(member)
+        self._used -= self._outputs[member]
+        for segment in self._paths[member]:
+            left = self._count(segment) - 1
+            self._readers[segment.first, segment.start] = left
+            self._used -= 0 if left else len(segment.tokens)
+
+    def _count(self, segment: Segment) -> int:
+        return self._readers.get((segment.first, segment.start), 0)

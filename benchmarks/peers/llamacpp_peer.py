@@ -20,7 +20,7 @@ from common import Job, PeerError, Request, main, once
 from numpy.typing import NDArray
 from prefixes import Sample, Segment, Tokens, cells_needed, common, segments, waves
 
-WAVE = int(os.environ.get("QUIRE_PEERS_WAVE", "32"))
+WAVE = int(os.environ.get("QUIRE_PEERS_WAVE", "64"))
 BATCH, MICRO_BATCH = 2048, 512
 LOGGED = (3, 4)  # warnings and errors
 

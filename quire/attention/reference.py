@@ -24,7 +24,7 @@ def attend(
     ``q`` ``[tokens, heads, head_dim]``, rows in the order of ``items``; the rows' own keys and
     values are already in the arena. Returns ``[tokens, heads, head_dim]`` in q's dtype.
     """
-    kv_heads = arena.keys.shape[1]
+    kv_heads = arena.kv_heads
     outputs = []
     row = 0
     for item in items:

@@ -25,6 +25,11 @@ class Arena:
     keys: Tensor
     values: Tensor
 
+    @property
+    def kv_heads(self) -> int:
+        """KV heads of a layer."""
+        return self.keys.shape[1]
+
     @classmethod
     def make(
         cls,
@@ -56,13 +61,19 @@ class Arena:
 class TiledArena:
     """Pages of 16 slots as the kernels multiply them.
 
-    With ``p`` elements in 32 bits (bfloat16: 2, float32: 1), ``keys`` is ``[layers, kv_heads,
-    pages, head_dim / p, 16, p]``, a page transposed, and ``values`` ``[layers, kv_heads, pages,
-    16 / p, head_dim, p]``, so that neighbours along the inner dimension of a product share a word.
+    With ``p`` elements in 32 bits (bfloat16: 2, float32: 1), ``keys`` is ``[layers, pages, kv_heads,
+    head_dim / p, 16, p]``, a page transposed, and ``values`` ``[layers, pages, kv_heads, 16 / p,
+    head_dim, p]``, so that neighbours along the inner dimension of a product share a word. A page
+    holds all heads, so that few tokens touch little memory.
     """
 
     keys: Tensor
     values: Tensor
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads of a layer."""
+        return self.keys.shape[2]
 
     @classmethod
     def make(
@@ -73,7 +84,7 @@ class TiledArena:
         Slots never written must hold finite numbers, hence zeros: NumPy's come from the system.
         """
         pack = 4 // dtype.itemsize
-        shape = (layers, kv_heads, slots // PAGE)
+        shape = (layers, slots // PAGE, kv_heads)
         keys, values = (
             torch.from_numpy(np.zeros((*shape, *page, 4), dtype=np.uint8)).view(dtype)
             for page in ((head_dim // pack, PAGE), (PAGE // pack, head_dim))
@@ -83,18 +94,15 @@ class TiledArena:
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store ``k``, ``v`` ``[tokens, kv_heads, head_dim]`` at ``slots`` int64 ``[tokens]``."""
         page, place, pack = slots // PAGE, slots % PAGE, self.keys.shape[-1]
-        heads = torch.arange(k.shape[1])[:, None]
-        self.keys[layer][heads, page, :, place] = k.transpose(0, 1).reshape(
-            k.shape[1], k.shape[0], -1, pack
-        )
-        self.values[layer][heads, page, place // pack, :, place % pack] = v.transpose(0, 1)
+        self.keys[layer][page, :, :, place] = k.reshape(*k.shape[:2], -1, pack)
+        self.values[layer][page, :, place // pack, :, place % pack] = v
 
     def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of ``slots`` int64 ``[n]``: each ``[kv_heads, n, head_dim]``."""
         page, place, pack = slots // PAGE, slots % PAGE, self.keys.shape[-1]
-        heads = torch.arange(self.keys.shape[1])[:, None]
-        keys = self.keys[layer][heads, page, :, place].flatten(2)
-        return keys, self.values[layer][heads, page, place // pack, :, place % pack]
+        keys = self.keys[layer][page, :, :, place].flatten(2)  # [n, kv_heads, head_dim]
+        values = self.values[layer][page, :, place // pack, :, place % pack]
+        return keys.transpose(0, 1), values.transpose(0, 1)
 
 
 def token_bytes(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:

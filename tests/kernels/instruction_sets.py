@@ -5,13 +5,16 @@ Importing this module skips the importing tests where the extension was not buil
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import pytest
 import torch
 
 from quire.kernels import native
+
+Result = TypeVar("Result")
 
 NAMES = [name for name in native.available() if name != "plain"]
 
@@ -31,12 +34,25 @@ def using(name: str) -> Iterator[str]:
         native.use(before)
 
 
+def with_each(call: Callable[[], Result]) -> dict[str, Result]:
+    """What ``call`` gives with each instruction set: for tests whose expectation takes long."""
+    found = {}
+    for name in NAMES:
+        with using(name):
+            found[name] = call()
+    return found
+
+
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """So many threads for the kernels and PyTorch, for a while."""
     before = torch.get_num_threads()
+    extension = native._extension
+    assert extension is not None
     torch.set_num_threads(count)
+    extension.set_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+        extension.set_threads(before)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
-from instruction_sets import NAMES, threads, using
+from instruction_sets import NAMES, threads, using, with_each
 
 from quire.weights.dense import DenseProduct
 from quire.weights.formats import ByChannel, Dense, Grouped
@@ -26,8 +26,9 @@ SIZES = pytest.mark.parametrize(
     ("outs", "ins"),
     [*((outs, 36) for outs in OUTS), (1, 4), (16, 64), (100, 516), (15, 2052), (17, 4104)],
 )
+# Half a unit in the last place, relative: what rounding to a dtype costs.
+HALF_UNIT = {torch.float32: 2**-24, torch.bfloat16: 2**-8}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-pytestmark = pytest.mark.usefixtures("isa")
 
 
 @pytest.fixture(params=NAMES)
@@ -36,11 +37,13 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         yield name
 
 
+ISAS = pytest.mark.usefixtures("isa")
+
+
 class Call:
     """Inputs of a product: ``x``, perhaps as columns of a wider matrix, a bias and a residual."""
 
     def __init__(self, seed: int, rows: int, ins: int, outs: int, dtype: torch.dtype) -> None:
-        torch.manual_seed(seed)
         # Every other case is a view whose rows lie further apart.
         wide = torch.randn(rows, ins + 12).to(dtype) if seed % 2 else None
         self.x = torch.randn(rows, ins).to(dtype) if wide is None else wide[:, 4 : ins + 4]
@@ -70,12 +73,20 @@ class Call:
                 product = product + change(part)  # type: ignore[operator]
         return product
 
-    def check(self, found: Tensor, exact: Tensor, slack: Tensor) -> None:
+    def check(self, product: Product, exact: Tensor, slack: Tensor) -> None:
         """``slack``: absolute error allowed before the result is rounded to its dtype."""
-        half_unit = 2**-8 if found.dtype == torch.bfloat16 else 2**-24
-        allowed = slack + half_unit * (exact.abs() + slack)
-        error = (found.double() - exact).abs()
-        assert (error <= allowed).all(), f"{(error / allowed).max():.2f} times what is allowed"
+        self.compare(product, exact, slack + HALF_UNIT[self.x.dtype] * (exact.abs() + slack))
+
+    def compare(self, product: Product, expected: Tensor, allowed: Tensor) -> None:
+        for name, found in with_each(lambda: self(product)).items():
+            error = (found.double() - expected).abs()
+            worst = (error / allowed.clamp(min=1e-45)).max() if len(error) else 0.0
+            assert (error <= allowed).all(), f"{name}: {worst:.2f} times what is allowed"
+
+    def plainly(self, product: Product) -> Tensor:
+        """The result of the product's own PyTorch code."""
+        with using("plain"):
+            return self(product).double()
 
 
 def sums(ins: int) -> float:
@@ -102,15 +113,15 @@ def test_dense(dtype: torch.dtype, outs: int, ins: int) -> None:
     weight = product.unpacked()
     for seed, rows in enumerate(ROWS):
         call = Call(seed + ins + outs, rows, ins, outs, dtype)
-        found, exact = call(product), call.exact(weight)
-        slack = sums(ins) * call.magnitude(weight)
-        call.check(found, exact, slack)
-        with using("plain"):  # itself one rounding before the residual, and one after
-            half_unit = 2**-8 if dtype == torch.bfloat16 else 2**-24
-            apart = (found.double() - call(product).double()).abs()
-            assert (apart <= 2 * slack + 4 * half_unit * call.magnitude(weight)).all()
+        magnitude = call.magnitude(weight)
+        slack = sums(ins) * magnitude
+        call.check(product, call.exact(weight), slack)
+        # PyTorch's own code rounds before the residual and after it.
+        allowed = 2 * slack + 4 * HALF_UNIT[dtype] * magnitude
+        call.compare(product, call.plainly(product), allowed)
 
 
+@ISAS
 @DTYPES
 def test_dense_looks_rows_up(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -130,6 +141,7 @@ def test_dense_that_cannot_be_packed() -> None:
     assert torch.equal(product.rows(torch.tensor([4, 0])), weight[[4, 0]])
 
 
+@ISAS
 @DTYPES
 @pytest.mark.parametrize("kind", ["dense", "int8", "int4", "int4+offsets", "8 bits"])
 def test_residual_is_the_input(dtype: torch.dtype, kind: str) -> None:
@@ -163,9 +175,7 @@ def test_int8(dtype: torch.dtype, outs: int, ins: int) -> None:
     assert product.values.dim() == 4, "packed"
     for seed, rows in enumerate(ROWS):
         call = Call(seed + ins + outs, rows, ins, outs, dtype)
-        found = call(product)
-        with using("plain"):
-            expected = call(product).double()
+        expected = call.plainly(product)
         # A number in the middle of two levels may become either (half the largest of a row is at
         # 63.5, and bfloat16 numbers meet it often); a level is computed to 127 * 2^-22.
         wide = call.x.float()
@@ -174,9 +184,8 @@ def test_int8(dtype: torch.dtype, outs: int, ins: int) -> None:
         middle = ((place - place.floor() - 0.5).abs() < 127 * 2**-22).double()
         either = (middle @ matrix.values.double().abs().T) * scale * matrix.scales.abs()
         magnitude = call.magnitude(matrix.dequantise())
-        half_unit = 2**-8 if dtype == torch.bfloat16 else 2**-24
-        allowed = either + 1.1 * 2 * half_unit * (expected.abs() + either) + 2**-20 * magnitude
-        assert ((found.double() - expected).abs() <= allowed).all()
+        rounded = 1.1 * 2 * HALF_UNIT[dtype] * (expected.abs() + either)
+        call.compare(product, expected, either + rounded + 2**-20 * magnitude)
 
 
 @DTYPES
@@ -193,11 +202,12 @@ def test_int8_is_exact_in_the_integers(dtype: torch.dtype, outs: int, ins: int) 
         if rows > 3:
             call.x[3] = 0  # a row without any level
             call.x[2] = -127 / 16  # and the largest sum
-        exact = call.exact(matrix.dequantise())
         # The integer becomes a float, is scaled twice, and two numbers are added.
-        call.check(call(product), exact, 5 * 2**-24 * (call.magnitude(matrix.dequantise())))
+        slack = 5 * 2**-24 * call.magnitude(matrix.dequantise())
+        call.check(product, call.exact(matrix.dequantise()), slack)
 
 
+@ISAS
 @DTYPES
 def test_int8_rows_of_zeros_and_tiny_numbers(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -245,20 +255,17 @@ def test_grouped(
         raised = raised.repeat_interleave(group, 1)
         for seed, rows in enumerate(ROWS[1 + case % 3 :: 3]):
             call = Call(seed + ins + outs, rows, ins, outs, dtype)
-            found, exact, magnitude = call(product), call.exact(weight), call.magnitude(weight)
-            slack = sums(ins) * (call.magnitude(raised) if rows <= 8 else magnitude)
-            # Many rows multiply weights that were rounded to bfloat16, half a unit each.
-            rounded = 1.01 * 2**-8 * magnitude if dtype == torch.bfloat16 else 0
-            if not invariant and rows <= 8 and group % 16 == 0:
-                rounded = 0
-            call.check(found, exact, slack + rounded)
-            with using("plain"):
-                plain = call(product).double()
-            half_unit = 2**-8 if dtype == torch.bfloat16 else 2**-24
-            apart = (found.double() - plain).abs()
-            assert (apart <= 2 * slack + 5 * half_unit * magnitude).all()
+            magnitude = call.magnitude(weight)
+            few = not invariant and rows <= 8 and group % 16 == 0
+            slack = sums(ins) * (call.magnitude(raised) if few else magnitude)
+            # Many rows multiply weights that were rounded to bfloat16.
+            rounded = 0 if few or dtype == torch.float32 else 1.01 * 2**-8
+            call.check(product, call.exact(weight), slack + rounded * magnitude)
+            allowed = 2 * slack + 5 * HALF_UNIT[dtype] * magnitude
+            call.compare(product, call.plainly(product), allowed)
 
 
+@ISAS
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(
     "invariant",
@@ -301,6 +308,7 @@ def some_product(kind: str, outs: int, ins: int, dtype: torch.dtype, *, invarian
 KINDS = pytest.mark.parametrize("kind", ["dense", "int8", "int4", "int4+offsets", "8 bits"])
 
 
+@ISAS
 @DTYPES
 @KINDS
 @pytest.mark.parametrize(("outs", "ins"), [(17, 32), (100, 1088)])
@@ -321,6 +329,7 @@ def test_a_row_does_not_depend_on_the_others(
     assert torch.equal(product(x[order], bias, add[order]), whole[order])
 
 
+@ISAS
 @DTYPES
 @KINDS
 @pytest.mark.parametrize("rows", [1, 5, 100])

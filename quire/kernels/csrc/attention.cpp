@@ -20,29 +20,23 @@ constexpr int64_t BLOCK = 8 * PAGE;  // keys scored at once
 constexpr float NOTHING = -1e30f;    // maximum of a row that has seen no key; stays finite
 
 struct Workspace {
-    std::vector<float> scores, out, top, mass, best;
+    std::vector<float> scores, out, top, best;
+    std::vector<F> mass;           // of each row, by lane
     std::vector<uint32_t> q, weights;  // units
 };
 
-// Scores of one row in units of log2, masked to lanes [low, high) of `count`; returns the largest.
-QUIRE_INLINE float prepare_row(
-    float* s, int64_t count, int64_t low, int64_t high, float scale, float softcap) {
-    F best = splat(NOTHING);
-    for (int64_t i = 0; i < count; i += WIDTH) {
-        F x = load(s + i);
-        x = softcap > 0 ? tanh(x * splat(scale / softcap)) * splat(softcap * LOG2E)
-                        : x * splat(scale * LOG2E);
-        if (i < low || i + WIDTH > high) {
-            float lanes[WIDTH];
-            store(lanes, x);
-            for (int64_t j = 0; j < WIDTH; ++j)
-                if (i + j < low || i + j >= high) lanes[j] = -INFINITY;
-            x = load(lanes);
-        }
-        store(s + i, x);
-        best = max(best, x);
-    }
-    return max_lane(best);
+// Turns products of q and k into scores in units of log2, under a soft cap.
+QUIRE_INLINE F capped(F x, float scale, float softcap) {
+    return tanh(x * splat(scale / softcap)) * splat(softcap * LOG2E);
+}
+
+// -inf in the lanes outside [low, high).
+QUIRE_INLINE F hide(F x, int64_t low, int64_t high) {
+    float lanes[WIDTH];
+    store(lanes, x);
+    for (int64_t j = 0; j < WIDTH; ++j)
+        if (j < low || j >= high) lanes[j] = -INFINITY;
+    return load(lanes);
 }
 
 template <class E> struct Task {
@@ -65,7 +59,8 @@ template <class E> struct Task {
         work.weights.resize(rows * UNITS);
         work.out.assign(rows * dim, 0.0f);
         work.top.assign(rows, NOTHING);
-        work.mass.assign(rows, 0.0f);
+        work.mass.assign(rows, splat(0));
+        work.best.resize(rows);
         const T* q = static_cast<const T*>(args.q) + head * plan.group * dim;
         for (int64_t r = 0; r < task.rows; ++r)
             std::memcpy(work.q.data() + r * plan.group * dim_units,
@@ -79,67 +74,77 @@ template <class E> struct Task {
         return std::min<int64_t>(task.last_key, plan.kept[at]);
     }
 
-    // Calls use(first page of the run, pages, offset in the block) for runs of adjacent pages.
-    template <class Use> void runs(int64_t first, int64_t last, const Use& use) const {
-        const int32_t* pages = plan.pages.data() + read.page;
-        for (int64_t at = first; at < last;) {
-            int64_t end = at + 1;
-            while (end < last && pages[end] == pages[end - 1] + 1) ++end;
-            use(pages[at], end - at, at - first);
-            at = end;
-        }
-    }
-
-    // Scores of all rows over pages [first, last) of the read, masked; maxima into `best`.
+    // Products of q and k over pages [first, last) of the read, and for each row the largest score
+    // (in units of log2) among the keys that it may see; the others become -inf.
     void score(int64_t first, int64_t last, int64_t last_key, float* best) {
-        const auto* keys = static_cast<const uint32_t*>(args.keys) +
-                           head * args.head_stride / E::PACK;
-        runs(first, last, [&](int64_t page, int64_t count, int64_t at) {
-            product<E>(work.scores.data() + at * PAGE, BLOCK, work.q.data(), dim_units,
-                       keys + page * PAGE * dim_units, PAGE * dim_units, PAGE, rows, count,
-                       dim_units, false);
-        });
+        const int32_t* pages = plan.pages.data() + read.page + first;
+        const auto* keys = static_cast<const uint32_t*>(args.keys) + head * PAGE * dim_units;
+        const int64_t page_units = plan.kv_heads * PAGE * dim_units, count = (last - first) * PAGE;
+        product<E>(
+            work.scores.data(), BLOCK, work.q.data(), dim_units,
+            [=](int64_t tile, int64_t) { return keys + pages[tile] * page_units; }, rows,
+            last - first, 1, dim_units, PAGE, false);
         const int64_t shift = first * PAGE - read.offset;  // key of the block's first lane
         for (int64_t r = 0; r < rows; ++r) {
             const int64_t place = plan.positions[task.row + r / plan.group] - read.position;
             int64_t low = task.first_key;
             if (plan.window) low = std::max(low, place - plan.window + 1);
             const int64_t high = std::min(last_key, place + 1);
-            best[r] = prepare_row(work.scores.data() + r * BLOCK, (last - first) * PAGE,
-                                  low - shift, high - shift, args.scale, args.softcap);
+            best[r] = largest(work.scores.data() + r * BLOCK, count, low - shift, high - shift);
         }
     }
 
-    // Weights 2^(score - top) of one row of `count` scores, as units; returns their sum.
-    float weigh(int64_t r, int64_t count, float top) {
+    float largest(float* s, int64_t count, int64_t low, int64_t high) const {
+        F most = splat(-INFINITY);
+        const bool whole = low <= 0 && high >= count && args.softcap <= 0;
+        for (int64_t i = 0; i < count; i += WIDTH) {
+            F x = load(s + i);
+            if (!whole) {
+                if (args.softcap > 0) x = capped(x, args.scale, args.softcap);
+                if (i < low || i + WIDTH > high) x = hide(x, low - i, high - i);
+                store(s + i, x);
+            }
+            most = max(most, x);
+        }
+        return std::max(max_lane(most) * unit(), NOTHING);
+    }
+
+    // What a stored score is multiplied with to be in units of log2.
+    float unit() const { return args.softcap > 0 ? 1 : args.scale * LOG2E; }
+
+    // Weights 2^(score - top) of one row of `count` scores, as units; adds them up by lane. `keep`
+    // leaves the weights as floats where the scores were.
+    void weigh(int64_t r, int64_t count, float top, bool keep) {
         float* s = work.scores.data() + r * BLOCK;
         T* w = reinterpret_cast<T*>(work.weights.data() + r * UNITS);
-        F total = splat(0);
+        const F factor = splat(unit()), shift = splat(-top);
+        F total = work.mass[r];
         for (int64_t i = 0; i < count; i += WIDTH) {
-            F x = exp2(load(s + i) - splat(top));
+            const F x = exp2(fma(load(s + i), factor, shift));
             total = total + x;
-            store(s + i, x);
+            if (keep) store(s + i, x);
             store(w + i, x);
         }
-        return sum(total);
+        if (!keep) work.mass[r] = total;
     }
 
     template <class Product> void add_values(int64_t first, int64_t last) {
-        const auto* values = static_cast<const uint32_t*>(args.values) +
-                             head * args.head_stride / E::PACK;
-        constexpr int64_t page_units = PAGE / E::PACK;
-        runs(first, last, [&](int64_t page, int64_t count, int64_t at) {
-            product<Product>(work.out.data(), dim, work.weights.data() + at * page_units, UNITS,
-                             values + page * page_units * dim, WIDTH, dim, rows, dim / WIDTH,
-                             count * page_units, true);
-        });
+        constexpr int64_t steps = PAGE / E::PACK;
+        const int32_t* pages = plan.pages.data() + read.page + first;
+        const auto* values = static_cast<const uint32_t*>(args.values) + head * steps * dim;
+        const int64_t page_units = plan.kv_heads * steps * dim;
+        product<Product>(
+            work.out.data(), dim, work.weights.data(), UNITS,
+            [=](int64_t tile, int64_t run) {
+                return values + pages[run] * page_units + tile * WIDTH;
+            },
+            rows, dim / WIDTH, last - first, steps, dim, true);
     }
 
     // Calls use(first page, last page, maxima of the rows) for each block of scored keys.
     template <class Use> void each_block(const Use& use) {
         const int64_t last_key = this->last_key();
         const int64_t end = (read.offset + last_key + PAGE - 1) / PAGE;
-        work.best.resize(rows);
         for (int64_t first = (read.offset + task.first_key) / PAGE; first < end;) {
             const int64_t last = std::min(end, first + BLOCK / PAGE);
             score(first, last, last_key, work.best.data());
@@ -152,7 +157,7 @@ template <class E> struct Task {
         each_block([&](int64_t first, int64_t last, const float* best) {
             for (int64_t r = 0; r < rows; ++r) {
                 if (best[r] > work.top[r]) raise(r, best[r]);
-                work.mass[r] += weigh(r, (last - first) * PAGE, work.top[r]);
+                weigh(r, (last - first) * PAGE, work.top[r], false);
             }
             add_values<E>(first, last);
         });
@@ -164,24 +169,25 @@ template <class E> struct Task {
 
     // Makes `top` the maximum that row r's sums refer to.
     void raise(int64_t r, float top) {
-        const float fade = std::exp2(work.top[r] - top);
+        const float before = work.top[r];
         work.top[r] = top;
-        work.mass[r] *= fade;
+        if (before == NOTHING) return;  // nothing is summed up yet
+        const F fade = splat(std::exp2(before - top));
+        work.mass[r] = work.mass[r] * fade;
         float* out = work.out.data() + r * dim;
-        for (int64_t i = 0; i < dim; i += WIDTH) store(out + i, load(out + i) * splat(fade));
+        for (int64_t i = 0; i < dim; i += WIDTH) store(out + i, load(out + i) * fade);
     }
 
     void finish() {
-        for (int64_t r = 0; r < rows; ++r)
-            write_row(r, work.out.data() + r * dim, work.mass[r]);
-    }
-
-    void write_row(int64_t r, const float* out, float mass) {
-        const int64_t token = task.row + r / plan.group;
-        const int64_t at = head * plan.group + r % plan.group;
-        T* to = static_cast<T*>(args.out) + (token * plan.kv_heads * plan.group + at) * dim;
-        const F share = splat(mass > 0 ? 1 / mass : 0);
-        for (int64_t i = 0; i < dim; i += WIDTH) store(to + i, load(out + i) * share);
+        for (int64_t r = 0; r < rows; ++r) {
+            const int64_t token = task.row + r / plan.group;
+            const int64_t at = head * plan.group + r % plan.group;
+            T* to = static_cast<T*>(args.out) + (token * plan.kv_heads * plan.group + at) * dim;
+            const float* out = work.out.data() + r * dim;
+            const float mass = sum(work.mass[r]);
+            const F share = splat(mass > 0 ? 1 / mass : 0);
+            for (int64_t i = 0; i < dim; i += WIDTH) store(to + i, load(out + i) * share);
+        }
     }
 
     float* saved(int64_t r) {
@@ -193,7 +199,7 @@ template <class E> struct Task {
             float* to = saved(r);
             std::memcpy(to, work.out.data() + r * dim, dim * sizeof(float));
             to[dim] = work.top[r];
-            to[dim + 1] = work.mass[r];
+            to[dim + 1] = sum(work.mass[r]);
         }
     }
 
@@ -203,6 +209,11 @@ template <class E> struct Task {
             for (int64_t r = 0; r < rows; ++r) work.top[r] = std::max(work.top[r], best[r]);
         });
         for (int64_t r = 0; r < rows; ++r) saved(r)[dim] = work.top[r];
+    }
+
+    static F first_lane(float x) {
+        float lanes[WIDTH] = {x};
+        return load(lanes);
     }
 
     void run_in_order() {
@@ -220,21 +231,24 @@ template <class E> struct Task {
             }
             if (before != nullptr) {
                 std::memcpy(work.out.data() + r * dim, before, dim * sizeof(float));
-                work.mass[r] = before[dim + 1];
+                work.mass[r] = first_lane(before[dim + 1]);
             }
         }
         each_block([&](int64_t first, int64_t last, const float*) {
+            const int64_t count = (last - first) * PAGE;
             for (int64_t r = 0; r < rows; ++r) {
-                weigh(r, (last - first) * PAGE, work.top[r]);
-                const float* s = work.scores.data() + r * BLOCK;  // now the weights in float
-                for (int64_t i = 0; i < (last - first) * PAGE; ++i) work.mass[r] += s[i];
+                weigh(r, count, work.top[r], true);
+                const float* weights = work.scores.data() + r * BLOCK;
+                float mass = sum(work.mass[r]);
+                for (int64_t i = 0; i < count; ++i) mass += weights[i];
+                work.mass[r] = first_lane(mass);
             }
             add_values<typename E::Chain>(first, last);
         });
         for (int64_t r = 0; r < rows; ++r) {
             float* to = saved(r);
             std::memcpy(to, work.out.data() + r * dim, dim * sizeof(float));
-            to[dim + 1] = work.mass[r];
+            to[dim + 1] = sum(work.mass[r]);
         }
         // Later parts overwrite what an earlier one writes here; the last is the whole.
         finish();

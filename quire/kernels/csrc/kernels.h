@@ -45,9 +45,8 @@ struct AttentionArgs {
     const void* q;  // [tokens, heads, head_dim], tokens `q_stride` apart
     int64_t q_stride;
     void* out;           // [tokens, heads, head_dim]
-    const void* keys;    // [kv_heads, pages, head_dim / pack, 16, pack] of this layer
-    const void* values;  // [kv_heads, pages, 16 / pack, head_dim, pack]
-    int64_t head_stride;  // elements between KV heads
+    const void* keys;    // [pages, kv_heads, head_dim / pack, 16, pack] of this layer
+    const void* values;  // [pages, kv_heads, 16 / pack, head_dim, pack]
     int64_t layer;
     float scale, softcap;  // softcap 0: none
     float* scratch;        // [kv_heads, scratch_floats]
@@ -62,7 +61,7 @@ struct RotateArgs {
     const float *cos, *sin;  // [tokens, rotated / 2]; rotated 0: no rotation
     const int64_t* slots;    // [tokens]
     void *keys, *values;     // as in AttentionArgs
-    int64_t head_stride, tokens, heads, kv_heads, head_dim, rotated;
+    int64_t tokens, heads, kv_heads, head_dim, rotated;
     bool bf16;
 };
 

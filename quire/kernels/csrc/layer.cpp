@@ -103,7 +103,7 @@ template <class E> void rotate_append_with(const RotateArgs& args) {
             const int64_t page = args.slots[token] / PAGE, t = args.slots[token] % PAGE;
             for (int64_t h = 0; h < args.kv_heads; ++h) {
                 if (half) rotate(k + h * dim, cos, sin, half);
-                const int64_t base = h * args.head_stride + page * PAGE * dim;
+                const int64_t base = (page * args.kv_heads + h) * PAGE * dim;
                 T* to = static_cast<T*>(args.keys) + base + t * pack;
                 for (int64_t i = 0; i < dim; i += pack)
                     std::memcpy(to + i * PAGE, k + h * dim + i, pack * sizeof(T));

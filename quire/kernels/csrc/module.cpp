@@ -90,21 +90,21 @@ AttentionPlan make_plan(Ints reads, Shorts pages, Ints positions, std::optional<
 }
 
 void attend(const AttentionPlan& plan, int64_t layer, uintptr_t q, int64_t q_stride, uintptr_t out,
-            uintptr_t keys, uintptr_t values, int64_t head_stride, float scale, float softcap,
+            uintptr_t keys, uintptr_t values, float scale, float softcap,
             bool bf16) {
     thread_local std::vector<float> scratch;
     scratch.resize(plan.kv_heads * plan.scratch_floats);
     active->attend({&plan, at<void>(q), q_stride, at<void>(out), at<void>(keys), at<void>(values),
-                    head_stride, layer, scale, softcap, scratch.data(), bf16});
+                    layer, scale, softcap, scratch.data(), bf16});
 }
 
 void rotate_append(uintptr_t q, int64_t q_stride, uintptr_t k, int64_t k_stride, uintptr_t v,
                    int64_t v_stride, uintptr_t cos, uintptr_t sin, int64_t rotated,
-                   uintptr_t slots, uintptr_t keys, uintptr_t values, int64_t head_stride,
+                   uintptr_t slots, uintptr_t keys, uintptr_t values,
                    int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim, bool bf16) {
     active->rotate_append({at<void>(q), at<void>(k), at<void>(v), q_stride, k_stride, v_stride,
                            at<float>(cos), at<float>(sin), at<int64_t>(slots), at<void>(keys),
-                           at<void>(values), head_stride, tokens, heads, kv_heads, head_dim,
+                           at<void>(values), tokens, heads, kv_heads, head_dim,
                            rotated, bf16});
 }
 

@@ -52,9 +52,10 @@ void multiply(typename E::Out* out, const void* x, int64_t x_units, const uint32
               int64_t steps, int64_t rows, int64_t tiles) {
     constexpr int64_t inner = INNER_BYTES / 4;
     for (int64_t step = 0; step < steps; step += inner)
-        product<E>(out, PANEL * WIDTH, static_cast<const uint32_t*>(x) + step, x_units,
-                   weight + step * WIDTH, steps * WIDTH, WIDTH, rows, tiles,
-                   std::min(inner, steps - step), step > 0);
+        product<E>(
+            out, PANEL * WIDTH, static_cast<const uint32_t*>(x) + step, x_units,
+            [=](int64_t tile, int64_t) { return weight + (tile * steps + step) * WIDTH; }, rows,
+            tiles, 1, std::min(inner, steps - step), WIDTH, step > 0);
 }
 
 template <class E> void dense_with(const ProductArgs& args) {
@@ -205,8 +206,11 @@ template <class E> void grouped_many(const ProductArgs& args) {
             const int64_t last = std::min(in + SLICE, args.ins), steps = (last - in) / E::PACK;
             for (int64_t c = 0; c < tiles; ++c)
                 expand_tile<E>(args, tile + c, in, last, weights + c * SLICE * WIDTH);
-            product<E>(sums, PANEL * WIDTH, x + in, args.x_stride / E::PACK, weights,
-                       SLICE * WIDTH, WIDTH, rows, tiles, steps, in > 0);
+            const uint32_t* slice = weights;
+            product<E>(
+                sums, PANEL * WIDTH, x + in, args.x_stride / E::PACK,
+                [=](int64_t c, int64_t) { return slice + c * SLICE * WIDTH; }, rows, tiles, 1, steps,
+                WIDTH, in > 0);
         }
         for (int64_t r = 0; r < rows; ++r)
             for (int64_t c = 0; c < tiles; ++c)

@@ -73,20 +73,34 @@ QUIRE_INLINE F to_float(I a) {
 QUIRE_INLINE I operator+(I a, I b) { I r; QUIRE_EACH r.part[p] = a.part[p] + b.part[p]; return r; }
 QUIRE_INLINE I operator-(I a, I b) { I r; QUIRE_EACH r.part[p] = a.part[p] - b.part[p]; return r; }
 
+// Folds the lanes by halves: `both(x, x shifted)` four times.
+template <class Both> QUIRE_INLINE float fold(F a, const Both& both) {
+#if defined(__AVX512F__)
+    __m512 x = (__m512)a.part[0];
+    const auto step = [&](__m512 v) { x = (__m512)both((NativeF)x, (NativeF)v); };
+    step(_mm512_shuffle_f32x4(x, x, 0x4e));
+    step(_mm512_shuffle_f32x4(x, x, 0xb1));
+    step(_mm512_permute_ps(x, 0x4e));
+    step(_mm512_permute_ps(x, 0xb1));
+    return _mm512_cvtss_f32(x);
+#else
+    NativeF x = a.part[0];
+    for (int p = 1; p < PARTS; ++p) x = both(x, a.part[p]);
+    float lanes[LANES];
+    std::memcpy(lanes, &x, sizeof x);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; ++i) {
+            NativeF low = NativeF{} + lanes[i], high = NativeF{} + lanes[i + half];
+            lanes[i] = both(low, high)[0];
+        }
+    return lanes[0];
+#endif
+}
 QUIRE_INLINE float sum(F a) {
-    NativeF s = a.part[0];
-    for (int p = 1; p < PARTS; ++p) s += a.part[p];
-    float parts[LANES], total = 0;
-    std::memcpy(parts, &s, sizeof s);
-    for (int i = 0; i < LANES; ++i) total += parts[i];
-    return total;
+    return fold(a, [](NativeF x, NativeF y) { return x + y; });
 }
 QUIRE_INLINE float max_lane(F a) {
-    float parts[WIDTH];
-    std::memcpy(parts, &a, sizeof a);
-    for (int step = WIDTH / 2; step; step /= 2)
-        for (int i = 0; i < step; ++i) parts[i] = parts[i] > parts[i + step] ? parts[i] : parts[i + step];
-    return parts[0];
+    return fold(a, [](NativeF x, NativeF y) { return x > y ? x : y; });
 }
 
 // bfloat16 is the upper half of a float.
@@ -151,6 +165,21 @@ template <class T> QUIRE_INLINE void store_some(T* at, F x, int64_t count) {
 
 // 2^x, relative error below 2e-7; 0 below 2^-126. Polynomial on [-1/2, 1/2].
 QUIRE_INLINE F exp2(F x) {
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+    const __m512 v = (__m512)x.part[0];
+    const __m512 whole = _mm512_roundscale_ps(v, 8);  // to the nearest integer
+    const __m512 f = _mm512_sub_ps(v, whole);
+    __m512 y = _mm512_set1_ps(1.535336188319500e-4f);
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.339887440266574e-3f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(9.618437357674640e-3f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(5.550332471162809e-2f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(2.402264791363012e-1f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(6.931472028550421e-1f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.0f));
+    // The mask keeps -inf, whose fraction is no number, at 0.
+    const __mmask16 seen = _mm512_cmp_ps_mask(v, _mm512_set1_ps(-126.0f), _CMP_GE_OQ);
+    return {(NativeF)_mm512_maskz_scalef_ps(seen, y, whole)};
+#else
     F r;
     QUIRE_EACH {
         NativeF v = x.part[p];
@@ -169,6 +198,7 @@ QUIRE_INLINE F exp2(F x) {
         r.part[p] = tiny ? NativeF{} : y;
     }
     return r;
+#endif
 }
 constexpr float LOG2E = 1.4426950408889634f;
 
@@ -275,30 +305,35 @@ struct Int8 {  // unsigned rows times signed columns
     }
 };
 
-// out[rows, tiles * 16] (+)= a[rows, steps units] * b, for any number of rows and tiles.
+// out[rows, tiles * 16] (+)= a[rows, runs * steps units] * b, for any number of rows and tiles.
 //
-// `a` has `a_stride` units between rows. Column tile c of `b` starts at `b + c * tile_stride`, its
-// step s lies `s * step_stride` units further. The inner dimension runs from first to last in one
+// `a` has `a_stride` units between rows. The inner dimension consists of runs of `steps` units; step
+// s of run o of column tile c lies at `b(c, o) + s * step_stride`. It runs from first to last in one
 // chain for each result, so a row's numbers do not depend on which rows are computed beside it.
-template <class E, int R, int C>
+template <class E, int R, int C, class B>
 __attribute__((noinline)) void product_block(
-    typename E::Out* out, int64_t out_stride, const uint32_t* a, int64_t a_stride,
-    const uint32_t* b, int64_t tile_stride, int64_t step_stride, int64_t steps, bool accumulate) {
+    typename E::Out* out, int64_t out_stride, const uint32_t* a, int64_t a_stride, int64_t tile,
+    const B& b, int64_t runs, int64_t steps, int64_t step_stride, bool accumulate) {
     typename E::Acc acc[R][C];
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c)
             acc[r][c] = accumulate ? load(out + r * out_stride + c * WIDTH) : E::zero();
-    for (int64_t s = 0; s < steps; ++s) {
-        U tile[C];
+    for (int64_t run = 0; run < runs; ++run, a += steps) {
+        const uint32_t* at[C];
 #pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) tile[c] = load_units(b + c * tile_stride + s * step_stride);
+        for (int c = 0; c < C; ++c) at[c] = b(tile + c, run);
+        for (int64_t s = 0; s < steps; ++s) {
+            U units[C];
+#pragma GCC unroll 4
+            for (int c = 0; c < C; ++c) units[c] = load_units(at[c] + s * step_stride);
 #pragma GCC unroll 6
-        for (int r = 0; r < R; ++r) {
-            uint32_t unit = a[r * a_stride + s];
+            for (int r = 0; r < R; ++r) {
+                const uint32_t unit = a[r * a_stride + s];
 #pragma GCC unroll 4
-            for (int c = 0; c < C; ++c) acc[r][c] = E::dot(acc[r][c], unit, tile[c]);
+                for (int c = 0; c < C; ++c) acc[r][c] = E::dot(acc[r][c], unit, units[c]);
+            }
         }
     }
 #pragma GCC unroll 6
@@ -308,37 +343,34 @@ __attribute__((noinline)) void product_block(
 }
 
 template <class E, int C, int R = MAX_ROWS, class... Args>
-QUIRE_INLINE void product_rows(int64_t rows, Args... args) {
+QUIRE_INLINE void product_rows(int64_t rows, const Args&... args) {
     if constexpr (R > 1) {
         if (rows < R) return product_rows<E, C, R - 1>(rows, args...);
     }
     product_block<E, R, C>(args...);
 }
 
-template <class E, int C = MAX_TILES>
-QUIRE_INLINE void product_tiles(
-    int64_t tiles, int64_t rows, typename E::Out* out, int64_t out_stride, const uint32_t* a,
-    int64_t a_stride, const uint32_t* b, int64_t tile_stride, int64_t step_stride, int64_t steps,
-    bool accumulate) {
+template <class E, int C = MAX_TILES, class... Args>
+QUIRE_INLINE void product_tiles(int64_t tiles, int64_t rows, typename E::Out* out,
+                                int64_t out_stride, const uint32_t* a, int64_t a_stride,
+                                const Args&... args) {
     if constexpr (C > 1) {
         if (tiles < C)
-            return product_tiles<E, C - 1>(tiles, rows, out, out_stride, a, a_stride, b,
-                                           tile_stride, step_stride, steps, accumulate);
+            return product_tiles<E, C - 1>(tiles, rows, out, out_stride, a, a_stride, args...);
     }
     for (int64_t r = 0; r < rows; r += MAX_ROWS)
         product_rows<E, C>(rows - r, out + r * out_stride, out_stride, a + r * a_stride, a_stride,
-                           b, tile_stride, step_stride, steps, accumulate);
+                           args...);
 }
 
-template <class E>
-void product(typename E::Out* out, int64_t out_stride, const void* a, int64_t a_stride,
-             const void* b, int64_t tile_stride, int64_t step_stride, int64_t rows, int64_t tiles,
-             int64_t steps, bool accumulate) {
+template <class E, class B>
+void product(typename E::Out* out, int64_t out_stride, const void* a, int64_t a_stride, const B& b,
+             int64_t rows, int64_t tiles, int64_t runs, int64_t steps, int64_t step_stride,
+             bool accumulate) {
     for (int64_t c = 0; c < tiles; c += MAX_TILES)
         product_tiles<E>(tiles - c, rows, out + c * WIDTH, out_stride,
-                         static_cast<const uint32_t*>(a), a_stride,
-                         static_cast<const uint32_t*>(b) + c * tile_stride, tile_stride,
-                         step_stride, steps, accumulate);
+                         static_cast<const uint32_t*>(a), a_stride, c, b, runs, steps, step_stride,
+                         accumulate);
 }
 
 }  // namespace quire::QUIRE_ISA

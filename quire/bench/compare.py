@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from quire.bench.limit import Machine, count_work, least_seconds
 from quire.bench.workloads import Workload
 from quire.decode.params import SamplingParams
 from quire.engine.engine import Engine
@@ -35,6 +36,7 @@ class Measured:
     plan_share: float
     outside_model_share: float
     peak_kv_bytes: int
+    limit_seconds: float | None = None  # least time at this machine's rates
 
 
 def run_policy(
@@ -47,6 +49,7 @@ def run_policy(
     device: str = "cpu",
     weights: Asked | None = None,
     deterministic: bool = False,
+    machine: Machine | None = None,
 ) -> Measured:
     """Run the workload to its end under ``policy``; greedy, ``workload.output`` tokens each."""
     model = load_model(
@@ -87,6 +90,13 @@ def run_policy(
         plan_share=(times.insert + times.plan) / seconds,
         outside_model_share=1 - times.model / seconds,
         peak_kv_bytes=engine.world.pool.peak_pages * engine.limits.page_bytes,
+        limit_seconds=None
+        if machine is None
+        else least_seconds(
+            count_work(spec, workload, model.nbytes, size),
+            machine,
+            int8=weights is not None and weights.bits == 8,
+        ),
     )
 
 

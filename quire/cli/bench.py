@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from quire.bench.compare import Measured, run_policy, run_transformers
+from quire.bench.limit import measure_machine
 from quire.bench.shapes import SHAPES, make_checkpoint
 from quire.bench.workloads import WORKLOADS, make_workload
 from quire.engine.budget import format_bytes
@@ -61,6 +62,13 @@ def bench(
     asked = parse(weights) if weights is not None else None
     native.configure()
     checkpoint = make_checkpoint(shape, folder)
+    machine = measure_machine() if device == "cpu" else None
+    if machine is not None:
+        print(
+            f"this machine: {2 * machine.dense / 1e9:.0f} GFLOP/s in bf16, "
+            f"{2 * machine.int8 / 1e9:.0f} GOP/s in int8, {machine.bandwidth / 1e9:.0f} GB/s",
+            file=sys.stderr,
+        )
     results: list[Measured] = []
     for name in names:
         job = make_workload(name, SHAPES[shape].vocab, scale)
@@ -78,6 +86,7 @@ def bench(
                         device=device,
                         weights=asked,
                         deterministic=deterministic,
+                        machine=machine,
                     )
                 if each not in best or found.seconds < best[each].seconds:
                     best[each] = found
@@ -93,6 +102,7 @@ def bench(
                 "weights": weights,
                 "deterministic": deterministic,
                 "kernels": native.active(),
+                "machine": asdict(machine) if machine is not None else None,
                 "repeat": repeat,
                 "peak_rss_bytes": peak_rss(),
                 "results": [asdict(result) for result in results],
@@ -110,6 +120,7 @@ def _print_table(results: list[Measured]) -> None:
         "of batch",
         "computed / optimum",
         "tokens/step",
+        "of the limit",
         "planning",
         "outside model",
         "peak KV",
@@ -125,6 +136,7 @@ def _print_table(results: list[Measured]) -> None:
             f"{r.tokens_per_second / base[r.workload]:.2f}" if r.workload in base else "",
             f"{r.computed_tokens / r.optimum_tokens:.3f}" if own else "",
             f"{r.tokens_per_step:.0f}" if own else "",
+            f"{100 * r.limit_seconds / r.seconds:.0f}%" if r.limit_seconds else "",
             f"{100 * r.plan_share:.1f}%" if own else "",
             f"{100 * r.outside_model_share:.1f}%" if own else "",
             format_bytes(r.peak_kv_bytes) if own else "",

@@ -6,6 +6,8 @@ tiles that the native kernels read.
 
 from __future__ import annotations
 
+import math
+import mmap
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,12 +83,12 @@ class TiledArena:
     ) -> TiledArena:
         """Reserve the memory (the system commits a page of it when it is first written).
 
-        Slots never written must hold finite numbers, hence zeros: NumPy's come from the system.
+        Slots never written must hold finite numbers, hence fresh zeros from the system.
         """
         pack = 4 // dtype.itemsize
         shape = (layers, slots // PAGE, kv_heads)
         keys, values = (
-            torch.from_numpy(np.zeros((*shape, *page, 4), dtype=np.uint8)).view(dtype)
+            _zeros((*shape, *page, 4)).view(dtype)
             for page in ((head_dim // pack, PAGE), (PAGE // pack, head_dim))
         )
         return cls(keys, values)
@@ -103,6 +105,13 @@ class TiledArena:
         keys = self.keys[layer][page, :, :, place].flatten(2)  # [n, kv_heads, head_dim]
         values = self.values[layer][page, :, place // pack, :, place % pack]
         return keys.transpose(0, 1), values.transpose(0, 1)
+
+
+def _zeros(shape: tuple[int, ...]) -> Tensor:
+    """uint8 zeros, committed in small pages: those of 2 MiB cost more to clear than they save."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = mmap.mmap(-1, max(1, math.prod(shape)), flags=flags)
+    return torch.from_numpy(np.frombuffer(memory, np.uint8, math.prod(shape)).reshape(shape))
 
 
 def token_bytes(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:

@@ -142,13 +142,12 @@ QUIRE_INLINE I masked(U x, uint32_t mask) {
     QUIRE_EACH r.part[p] = (NativeI)(x.part[p] & mask);
     return r;
 }
-QUIRE_INLINE U pair_of(F low, F high) {  // two floats of each lane as one bfloat16 unit
+// Two floats of each lane as one bfloat16 unit, to the nearest, ties upwards.
+QUIRE_INLINE U pair_of(F low, F high) {
     U r;
     QUIRE_EACH {
-        NativeU a = (NativeU)low.part[p], b = (NativeU)high.part[p];
-        a = (a + 0x7fff + ((a >> 16) & 1)) >> 16;
-        b = (b + 0x7fff + ((b >> 16) & 1)) & 0xffff0000u;
-        r.part[p] = a | b;
+        NativeU a = ((NativeU)low.part[p] + 0x8000) >> 16;
+        r.part[p] = (((NativeU)high.part[p] + 0x8000) & 0xffff0000u) | a;
     }
     return r;
 }
@@ -165,31 +164,36 @@ QUIRE_INLINE U raised_pair(U x) {
     return x;
 }
 
-// The weights of one tile for inputs [first, last) of the packed matrix, as units of E.
-template <class E>
+// The weights of one tile for inputs [first, last) of the packed matrix, as units of E. Both ends
+// are multiples of a unit's inputs.
+template <class E, int BITS>
 void expand_tile(const ProductArgs& args, int64_t tile, int64_t first, int64_t last, uint32_t* to) {
-    const int64_t per_unit = 32 / args.bits, groups = args.ins / args.group;
+    constexpr int64_t per_unit = 32 / BITS;
+    constexpr uint32_t mask = (1u << BITS) - 1;
+    const int64_t groups = args.ins / args.group;
     const uint32_t* codes =
         static_cast<const uint32_t*>(args.weight) + tile * args.ins / per_unit * WIDTH;
-    const F centre = splat(args.bits == 4 ? 8 : 128);
-    for (int64_t in = first; in < last; in += per_unit) {
-        const int64_t at = (tile * groups + in / args.group) * WIDTH;
+    const F centre = splat(-float(1 << (BITS - 1)));
+    for (int64_t in = first; in < last;) {
+        const int64_t group = in / args.group, at = (tile * groups + group) * WIDTH;
+        const int64_t end = std::min(last, (group + 1) * args.group);
         const F scale = load(args.scales + at);
-        const F offset = args.offsets ? load(args.offsets + at) : splat(0);
-        const U unit = load_units(codes + in / per_unit * WIDTH);
-        for (int64_t j = 0; j < per_unit; j += 2, to += 2 / E::PACK * WIDTH) {
-            const bool four = args.bits == 4;
-            const U part = shifted(unit, int(four ? 2 * j : 8 * j));
-            F low = to_float(masked(part, four ? 15 : 255));
-            F high = to_float(masked(shifted(part, four ? 16 : 8), four ? 15 : 255));
-            low = fma(low - centre, scale, offset);
-            high = fma(high - centre, scale, offset);
-            if constexpr (E::PACK == 2) {
-                const U both = pair_of(low, high);
-                std::memcpy(to, &both, sizeof both);
-            } else {
-                std::memcpy(to, &low, sizeof low);
-                std::memcpy(to + WIDTH, &high, sizeof high);
+        const F offset = fma(centre, scale, args.offsets ? load(args.offsets + at) : splat(0));
+        for (; in < end; in += per_unit) {
+            const U unit = load_units(codes + in / per_unit * WIDTH);
+#pragma GCC unroll 4
+            for (int j = 0; j < per_unit / 2; ++j, to += 2 / E::PACK * WIDTH) {
+                const U low_codes = shifted(unit, BITS == 4 ? 4 * j : 16 * j);
+                const U high_codes = shifted(unit, BITS == 4 ? 4 * j + 16 : 16 * j + 8);
+                const F low = fma(to_float(masked(low_codes, mask)), scale, offset);
+                const F high = fma(to_float(masked(high_codes, mask)), scale, offset);
+                if constexpr (E::PACK == 2) {
+                    const U both = pair_of(low, high);
+                    std::memcpy(to, &both, sizeof both);
+                } else {
+                    store(reinterpret_cast<float*>(to), low);
+                    store(reinterpret_cast<float*>(to) + WIDTH, high);
+                }
             }
         }
     }
@@ -205,7 +209,9 @@ template <class E> void grouped_many(const ProductArgs& args) {
         for (int64_t in = 0; in < args.ins; in += SLICE) {
             const int64_t last = std::min(in + SLICE, args.ins), steps = (last - in) / E::PACK;
             for (int64_t c = 0; c < tiles; ++c)
-                expand_tile<E>(args, tile + c, in, last, weights + c * SLICE * WIDTH);
+                args.bits == 4
+                    ? expand_tile<E, 4>(args, tile + c, in, last, weights + c * SLICE * WIDTH)
+                    : expand_tile<E, 8>(args, tile + c, in, last, weights + c * SLICE * WIDTH);
             const uint32_t* slice = weights;
             product<E>(
                 sums, PANEL * WIDTH, x + in, args.x_stride / E::PACK,

@@ -127,18 +127,21 @@ class Case:
         plan = native.Plan.make(self.items, self.shape, window, in_order=in_order)
         return native.attend(self.arena, layer, self.q, plan, scale=0.2, softcap=softcap)
 
-    def compare(self, window: int | None = None, softcap: float | None = None) -> None:
-        """With every instruction set, and sums in either order."""
+    def compare(
+        self, window: int | None = None, softcap: float | None = None, *, count: int = 1
+    ) -> None:
+        """With every instruction set, and sums in either order, on ``count`` threads."""
         for layer in range(LAYERS):
             expected = reference.attend(
                 self.arena, layer, self.q, self.items, scale=0.2, softcap=softcap, window=window
             )
             for in_order in (False, True):
-                found = with_each(
-                    lambda layer=layer, in_order=in_order: self.attend(
-                        window, softcap, in_order=in_order, layer=layer
+                with threads(count):
+                    found = with_each(
+                        lambda layer=layer, in_order=in_order: self.attend(
+                            window, softcap, in_order=in_order, layer=layer
+                        )
                     )
-                )
                 for name, result in found.items():
                     assert result.dtype == self.dtype
                     assert result.is_contiguous()
@@ -174,7 +177,7 @@ def test_lengths_of_each_layer_and_head(dtype: torch.dtype, seed: int) -> None:
 @DTYPES
 @pytest.mark.parametrize("in_order", [False, True], ids=["free", "in order"])
 def test_a_single_key(dtype: torch.dtype, in_order: bool) -> None:
-    """The result is its value, exactly."""
+    """The result is its value, but for the rounding of a weight close to 1."""
     torch.manual_seed(0)
     pool = PagePool(4, PAGE)
     arena = make_arena(2, 16, 4, dtype)
@@ -185,7 +188,8 @@ def test_a_single_key(dtype: torch.dtype, in_order: bool) -> None:
     items = [Item((0,), 0, 1, segment, ())]
     plan = native.Plan.make(items, native.Shape(LAYERS, 4, 2, 16), None, in_order=in_order)
     found = native.attend(arena, 0, torch.randn(1, 4, 16).to(dtype), plan, scale=1.0)
-    assert torch.equal(found, v.repeat_interleave(2, 1))
+    expected = v.repeat_interleave(2, 1)
+    torch.testing.assert_close(found, expected, rtol=2 ** (-21 if v.itemsize == 4 else -8), atol=0)
 
 
 @ISAS
@@ -216,14 +220,14 @@ def tasks(case: Case, *, in_order: bool = False) -> int:
 
 
 @DTYPES
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("window", [None, 700])
 def test_long_keys_are_split_between_threads(
     dtype: torch.dtype, seed: int, window: int | None
 ) -> None:
-    case = Case(seed, dtype, dim=16, trim=seed == 2, longest=2)
+    case = Case(seed, dtype, dim=16, trim=seed == 1, longest=2)
     above = case.shared(0, 1700 + seed)
-    for index, count in enumerate((1, 3, 120)):
+    for index, count in enumerate((1, 3, 60)):
         own = case.segment(1100 * (index % 2) + count)
         start = 1700 + seed + own.length - count
         case.items.append(Item((9, index), start, count, own, above))
@@ -231,9 +235,9 @@ def test_long_keys_are_split_between_threads(
     alone = tasks(case)
     with threads(2):
         assert tasks(case) > alone
-        case.compare(window)
         together = case.attend(window, None, in_order=True)
     assert torch.equal(case.attend(window, None, in_order=True), together)
+    case.compare(window, count=2)
 
 
 class Request:

@@ -168,8 +168,12 @@ def test_same_bits_after_preemption(model: Decoder) -> None:
 def test_same_bits_on_two_threads(model: Decoder) -> None:
     requests = make_requests(3)
     expected, _ = run(model, requests)
-    with threads(2):
-        assert run(model, requests)[0] == expected
+    torch.set_num_threads(2)
+    try:
+        with threads(2):
+            assert run(model, requests)[0] == expected
+    finally:
+        torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import pytest
-import torch
 
 from quire.kernels import native
 
@@ -45,14 +44,12 @@ def with_each(call: Callable[[], Result]) -> dict[str, Result]:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """So many threads for the kernels and PyTorch, for a while."""
-    before = torch.get_num_threads()
+    """So many threads for the kernels, for a while; PyTorch keeps its one."""
     extension = native._extension
     assert extension is not None
-    torch.set_num_threads(count)
+    before = extension.threads()
     extension.set_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
         extension.set_threads(before)

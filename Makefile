@@ -4,9 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test sanitize lint docs bench clean
 
-$(VENV)/base: pyproject.toml
+NATIVE := CMakeLists.txt $(wildcard quire/kernels/csrc/*)
+
+$(VENV)/base: pyproject.toml $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "torch==2.13.0"
 	$(BIN)/pip install --quiet --editable .
@@ -24,6 +26,9 @@ demo: $(VENV)/base
 test: $(VENV)/dev lint
 	$(BIN)/pytest -n $(JOBS)
 
+sanitize: $(VENV)/dev
+	.ci/sanitize
+
 lint: $(VENV)/dev
 	$(BIN)/ruff check quire tests training examples docs benchmarks
 	$(BIN)/ruff format --check quire tests training examples docs benchmarks
@@ -36,4 +41,4 @@ bench: $(VENV)/dev
 	$(BIN)/quire bench
 
 clean:
-	rm -rf $(VENV) bench-out demo-output.jsonl
+	rm -rf $(VENV) build bench-out demo-output.jsonl

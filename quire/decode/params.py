@@ -45,8 +45,8 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is always taken."""
-        return self.temperature == 0.0
+        """Whether the likeliest token is always taken; float32 cannot divide by much less."""
+        return self.temperature < 1e-5
 
 
 _RANGES: dict[str, tuple[float, float]] = {

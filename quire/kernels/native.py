@@ -127,12 +127,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool = False) -
 
 def gate(x: Tensor, activation: str) -> Tensor:
     """``act(gate) * up`` for ``x`` ``[rows, 2 * width]`` holding gate, then up."""
-    rows, width = x.shape[0], x.shape[1] // 2
+    return _activated(x, x.shape[1] // 2, activation, gated=True)
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """``act(x)`` for ``x`` ``[rows, width]``."""
+    return _activated(x, x.shape[1], activation, gated=False)
+
+
+def _activated(x: Tensor, width: int, activation: str, *, gated: bool) -> Tensor:
     assert x.is_contiguous()
-    out = x.new_empty(rows, width)
-    _native().gate(
-        x.data_ptr(), out.data_ptr(), rows, width, ACTIVATIONS.index(activation), _is_bf16(x)
-    )
+    out = x.new_empty(x.shape[0], width)
+    kind = ACTIVATIONS.index(activation)
+    _native().gate(x.data_ptr(), out.data_ptr(), len(x), width, kind, gated, _is_bf16(x))
     return out
 
 
@@ -272,6 +279,7 @@ def _product(
     outs = out.shape[1]
     assert x.stride(1) == 1
     assert x.stride(0) % 4 == 0
+    assert x.data_ptr() % 4 == 0
     assert bias is None or (bias.shape == (outs,) and bias.dtype == x.dtype)
     assert add is None or (add.shape == out.shape and add.dtype == x.dtype and add.is_contiguous())
     return (

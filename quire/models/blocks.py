@@ -59,21 +59,29 @@ class MLP:
     def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """``x`` ``[tokens, hidden]`` -> the same shape, plus ``add``."""
         wide = self.up(x)
-        return self.down(gate(wide, self.activation) if self.gated else self._act(wide), add)
-
-    def _act(self, x: Tensor) -> Tensor:
-        return ACTIVATIONS[self.activation](x)
+        return self.down((gate if self.gated else activate)(wide, self.activation), add)
 
 
 def gate(wide: Tensor, activation: str) -> Tensor:
     """``act(gate) * up`` of ``wide`` ``[tokens, 2 * width]``, gate first."""
-    kernel = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}.get(
-        activation, activation
-    )
-    if native.fits(wide) and kernel in native.ACTIVATIONS:
+    kernel = _kernel(wide, activation)
+    if kernel is not None:
         return native.gate(wide, kernel)
     half, up = wide.chunk(2, dim=-1)
     return ACTIVATIONS[activation](half) * up
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """``act(x)``."""
+    kernel = _kernel(x, activation)
+    return ACTIVATIONS[activation](x) if kernel is None else native.activate(x, kernel)
+
+
+def _kernel(x: Tensor, activation: str) -> str | None:
+    """The native kernel's name for an activation, if it can be used."""
+    same = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}
+    name = same.get(activation, activation)
+    return name if native.fits(x) and name in native.ACTIVATIONS else None
 
 
 @dataclass(frozen=True)

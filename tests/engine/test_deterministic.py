@@ -216,9 +216,8 @@ def test_architectures(
     assert run(model, requests[::-1], chunk=13, policy="fcfs")[0] == expected
 
 
-@pytest.mark.xfail(strict=True, reason="PyTorch's tanh GELU depends on the batch")
 def test_activation_without_a_gate() -> None:
-    """PyTorch computes whole vectors and the numbers left over in two ways.
+    """PyTorch's own would not do: it computes whole vectors and the numbers left over in two ways.
 
     They differ in the last bit for this activation, and which one a number of a row falls to
     depends on the rows before it (where the width is no multiple of 16) and on the threads.

@@ -78,7 +78,7 @@ float gate() {
     constexpr int64_t width = 21;
     std::vector<float> x(2 * width), out(width);
     for (float& v : x) v = 8 * number();
-    quire::portable::kernels.gate({x.data(), out.data(), 1, width, quire::SILU, false});
+    quire::portable::kernels.gate({x.data(), out.data(), 1, width, quire::SILU, true, false});
     float worst = 0;
     for (int64_t i = 0; i < width; ++i)
         worst = std::max(worst, std::fabs(out[i] - x[i] / (1 + std::exp(-x[i])) * x[width + i]));

@@ -255,14 +255,7 @@ def test_the_chosen_token_is_allowed(
 
 
 @pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize(
-    "temperature",
-    [
-        1e-30,
-        # 1 / temperature is infinite in float32, and infinity times 0 is no number.
-        pytest.param(1e-39, marks=pytest.mark.xfail(strict=True, reason="infinite reciprocal")),
-    ],
-)
+@pytest.mark.parametrize("temperature", [1e-30, 1e-39])
 def test_almost_no_temperature(temperature: float) -> None:
     logits = torch.tensor([[0.0, 1.0, 5.0, 2.0]])
     for options in (Options(temperature), Options(temperature, top_p=0.9)):

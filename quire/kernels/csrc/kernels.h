@@ -77,10 +77,10 @@ struct NormArgs {
 enum Activation : int64_t { SILU = 0, GELU = 1, GELU_TANH = 2, RELU = 3 };
 
 struct GateArgs {
-    const void* x;  // [rows, 2 * width]: gate, then up
+    const void* x;  // [rows, 2 * width]: gate, then up; or, not gated, [rows, width]
     void* out;      // [rows, width]
     int64_t rows, width, activation;
-    bool bf16;
+    bool gated, bf16;
 };
 
 // out = x W^T (+ bias) (+ add), for W packed by `pack_*`.

@@ -58,12 +58,13 @@ template <int64_t kind> QUIRE_INLINE F activate(F x) {
 template <class T, int64_t kind> void gate_with(const GateArgs& args) {
     parallel_ranges(args.rows, 1 + 8192 / args.width, [&](int64_t first, int64_t last) {
         for (int64_t row = first; row < last; ++row) {
-            const T* gate = static_cast<const T*>(args.x) + row * 2 * args.width;
+            const T* gate = static_cast<const T*>(args.x) + row * (args.gated ? 2 : 1) * args.width;
             T* out = static_cast<T*>(args.out) + row * args.width;
             for (int64_t i = 0; i < args.width; i += WIDTH) {
                 const int64_t count = args.width - i;
-                F up = load_some(gate + args.width + i, count);
-                store_some(out + i, activate<kind>(load_some(gate + i, count)) * up, count);
+                F value = activate<kind>(load_some(gate + i, count));
+                if (args.gated) value = value * load_some(gate + args.width + i, count);
+                store_some(out + i, value, count);
             }
         }
     });

@@ -114,8 +114,9 @@ void rms_norm(uintptr_t x, int64_t stride, uintptr_t out, uintptr_t weight, int6
                       bf16});
 }
 
-void gate(uintptr_t x, uintptr_t out, int64_t rows, int64_t width, int64_t activation, bool bf16) {
-    active->gate({at<void>(x), at<void>(out), rows, width, activation, bf16});
+void gate(uintptr_t x, uintptr_t out, int64_t rows, int64_t width, int64_t activation, bool gated,
+          bool bf16) {
+    active->gate({at<void>(x), at<void>(out), rows, width, activation, gated, bf16});
 }
 
 ProductArgs product_args(uintptr_t x, int64_t x_stride, uintptr_t out, uintptr_t bias,

@@ -28,6 +28,8 @@ void pause() {
 #endif
 }
 
+thread_local bool in_task = false;
+
 class Pool {
   public:
     explicit Pool(int64_t count) {
@@ -48,8 +50,8 @@ class Pool {
     void forget_workers() { new std::vector<std::thread>(std::move(workers_)); }
 
     void run(uint64_t count, void (*task)(const void*, int64_t), const void* context) {
-        std::unique_lock<std::mutex> mine(busy_, std::try_to_lock);
-        if (!mine || workers_.empty() || count < 2) {
+        std::unique_lock<std::mutex> mine(busy_, std::defer_lock);
+        if (in_task || workers_.empty() || count < 2 || !mine.try_lock()) {
             for (uint64_t i = 0; i < count; ++i) task(context, int64_t(i));
             return;
         }
@@ -76,7 +78,9 @@ class Pool {
         do {
             if ((state & MOST_TASKS) >= (state >> 16 & MOST_TASKS)) return false;
         } while (!state_.compare_exchange_weak(state, state + 1));
+        in_task = true;
         task_(context_, int64_t(state & MOST_TASKS));
+        in_task = false;
         done_.fetch_add(1, std::memory_order_release);
         return true;
     }

@@ -35,11 +35,12 @@ QUIRE_INLINE void finish_tile(const ProductArgs& args, int64_t row, int64_t colu
 // Calls body(first row, rows, first tile, tiles) for blocks that cover the result.
 template <class Body>
 void each_block(const ProductArgs& args, int64_t most_rows, const Body& body) {
+    if (args.rows == 0) return;
     const int64_t tiles = (args.outs + WIDTH - 1) / WIDTH;
     const int64_t wide = args.rows <= 8 ? 2 : PANEL;
     const int64_t panels = (tiles + wide - 1) / wide;
     const int64_t blocks = (args.rows + most_rows - 1) / most_rows;
-    const int64_t rows = (args.rows + blocks - 1) / std::max<int64_t>(blocks, 1);
+    const int64_t rows = (args.rows + blocks - 1) / blocks;
     parallel_tasks(panels * blocks, [&](int64_t i) {
         const int64_t row = i % blocks * rows, tile = i / blocks * wide;
         if (row < args.rows)

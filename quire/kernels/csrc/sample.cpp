@@ -127,7 +127,7 @@ void sample(const SampleArgs& args) {
         const float top = largest(x, args.vocab);
         const int64_t k = args.top_k[row];
         const float floor = k > 0 && k < args.vocab ? kth_largest(x, args.vocab, k, room) : -INFINITY;
-        const float inverse = 1 / args.temperature[row];
+        const float inverse = std::min(1 / args.temperature[row], 1e30f);  // times 0 is still 0
         const float least = args.min_p[row] > 0 ? std::log(args.min_p[row]) : -INFINITY;
         for (int64_t i = 0; i < args.vocab; i += WIDTH) {
             const int64_t count = args.vocab - i;

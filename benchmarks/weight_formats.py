@@ -47,6 +47,7 @@ def layer_error(exact: Decoder, model: Decoder) -> float:
 
 
 def main() -> None:
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=100, help="facts for each recall figure")
     parser.add_argument("--windows", type=int, default=40, help="windows of 1,024 tokens")

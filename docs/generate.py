@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 from quire.cli.bench import bench
+from quire.cli.convert import convert
 from quire.cli.run import run
 from quire.models.registry import SUPPORTED
 
@@ -54,7 +55,7 @@ def architectures() -> str:
 PARTS = {
     "run.md": {"flags run": lambda: flags(run)},
     "benchmarks.md": {"flags bench": lambda: flags(bench)},
-    "models.md": {"architectures": architectures},
+    "models.md": {"architectures": architectures, "flags convert": lambda: flags(convert)},
 }
 
 

@@ -18,11 +18,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from chart import write_bars
 from install import PEERS, peer_python
 
+from quire.bench.limit import count_work, least_seconds, measure_machine
 from quire.bench.shapes import SHAPES, make_checkpoint
 from quire.bench.workloads import WORKLOADS, Workload, make_workload
+from quire.kernels import native
+from quire.kv.arena import token_bytes
+from quire.models.loader import load_spec, weight_bytes
+from quire.weights.quantise import parse as parse_weights
 
 ALL = ("quire", *PEERS)
 KEY = ("shape", "workload", "scale", "precision", "threads", "peer", "repeat")
@@ -229,6 +235,33 @@ def table(rows: list[Row], workloads: list[str], peers: list[str]) -> str:
     return "\n".join(lines)
 
 
+def limits(options: Options, rows: list[Row]) -> str:
+    """Markdown: the least time that this machine's rates allow, and Quire's share of it."""
+    native.configure()
+    machine = measure_machine()
+    checkpoint = make_checkpoint(options.shape, options.folder)
+    spec = load_spec(checkpoint)
+    kv_token = token_bytes(len(spec.layers), spec.kv_heads, spec.head_dim, torch.bfloat16)
+    int8 = options.precision == "int8"
+    size = weight_bytes(checkpoint, torch.bfloat16, parse_weights("int8") if int8 else None)
+    lines = [
+        f"This machine: {2 * machine.dense / 1e9:.0f} GFLOP/s bf16, {2 * machine.int8 / 1e9:.0f} "
+        f"GOP/s int8, {machine.bandwidth / 1e9:.0f} GB/s.",
+        "",
+        _line("workload", ["limit, s", "quire, s", "share of the limit"]),
+        _line("---", ["---:"] * 3),
+    ]
+    for name in options.workload:
+        workload = make_workload(name, SHAPES[options.shape].vocab, options.scale)
+        least = least_seconds(count_work(spec, workload, size, kv_token), machine, int8=int8)
+        mine = [r["seconds"][0] for r in rows if (r["workload"], r["peer"]) == (name, "quire")]
+        if mine:
+            taken = median(mine)
+            cells = [f"{least:.1f}", f"{taken:.1f}", f"{100 * least / taken:.0f}%"]
+            lines.append(_line(name, cells))
+    return "\n".join(lines)
+
+
 def _line(first: str, cells: list[str]) -> str:
     return f"| {' | '.join([first, *cells])} |"
 
@@ -239,7 +272,7 @@ def main(arguments: list[str]) -> int:
     options.folder.mkdir(parents=True, exist_ok=True)
     options.results.parent.mkdir(parents=True, exist_ok=True)
     rows = measure(options)
-    print(table(rows, options.workload, options.peers))
+    print(table(rows, options.workload, options.peers), limits(options, rows), sep="\n\n")
     if options.plot is not None:
         title = f"{options.shape}, {options.precision}, {options.threads} threads: tokens/s"
         write_bars(options.plot, title, options.workload, options.peers, speeds(rows))

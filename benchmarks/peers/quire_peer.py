@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from common import Job, Request, main, once
-from tensors import write_int8
+from common import Job, Request, main
 
 
 class Quire:
@@ -16,10 +15,6 @@ class Quire:
 
         self.version: str = quire.__version__
         self.job = job
-        self.checkpoint = job.checkpoint
-        if job.precision == "int8":
-            target = job.cache / f"{job.checkpoint.name}-int8"
-            self.checkpoint = once(target, lambda folder: write_int8(job.checkpoint, folder))
         self.llm: Any = self._make()
         self.used = False
 
@@ -27,8 +22,9 @@ class Quire:
         import quire
 
         return quire.LLM(
-            self.checkpoint,
+            self.job.checkpoint,
             dtype="bfloat16",
+            weights={"bf16": None, "int8": "int8", "int4": "int4:32"}[self.job.precision],
             kv_memory=self.job.kv_limit,
             threads=self.job.threads,
         )
@@ -64,4 +60,4 @@ class Quire:
 
 
 if __name__ == "__main__":
-    main("quire", Quire, ("bf16", "int8"))
+    main("quire", Quire, ("bf16", "int8", "int4"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +31,8 @@ from quire.kernels import native
 from quire.models.loader import load_model
 from quire.schedule.policies import POLICIES
 
+Numbered = tuple[int, tuple[Prompt, SamplingParams]]
+Prepared = tuple[RequestOutput, EngineRequest | None]
 Overlong = Literal["error", "truncate-left", "truncate-right", "fail"]
 
 
@@ -210,23 +213,23 @@ class LLM:
     ) -> Iterator[RequestOutput]:
         """Yield each request's output as it finishes; ``request_id`` is its place in the input.
 
-        ``requests`` is read window by window, so that it may be longer than memory. ``on_step`` is
-        called after every step.
+        ``requests`` is read window by window, one ahead, so that it may be longer than memory;
+        another thread reads and tokenizes it. ``on_step`` is called after every step.
         """
         engine = self.engine
         source = enumerate(requests)
         known: dict[int, RequestOutput] = {}
-        exhausted = False
+        reader = ThreadPoolExecutor(1, thread_name_prefix="quire-reader")
+        ahead: Future[list[Prepared]] | None = reader.submit(self._prepare, source)
         try:
             with Watchdog(self.stall_seconds, engine.describe) as watchdog:
-                while True:
-                    if not exhausted and engine.waiting <= self.window // 2:
-                        window = list(islice(source, self.window))
-                        exhausted = len(window) < self.window
+                while ahead is not None or engine.unfinished:
+                    if ahead is not None and engine.waiting <= self.window // 2:
+                        window = ahead.result()
+                        last = len(window) < self.window
+                        ahead = None if last else reader.submit(self._prepare, source)
                         yield from self._add(window, known)
                     if not engine.unfinished:
-                        if exhausted:
-                            return
                         continue
                     watchdog.start()
                     results = engine.step()
@@ -242,32 +245,37 @@ class LLM:
                 ) from None
             raise
         finally:
+            reader.shutdown(cancel_futures=True)
             engine.abort_all()
 
-    def _add(
-        self,
-        window: list[tuple[int, tuple[Prompt, SamplingParams]]],
-        known: dict[int, RequestOutput],
-    ) -> Iterator[RequestOutput]:
-        """Hand a window to the engine; yields the requests that cannot run."""
-        batch: list[EngineRequest] = []
-        for index, (prompt, params) in window:
+    def _prepare(
+        self, source: Iterator[tuple[int, tuple[Prompt, SamplingParams]]]
+    ) -> list[Prepared]:
+        """Read and tokenize the next window; no request where the row cannot run."""
+        window: list[Prepared] = []
+        for index, (prompt, params) in islice(source, self.window):
             output = RequestOutput(index, prompt if isinstance(prompt, str) else None, [])
+            request = None
             try:
                 text, ids = self.setup.encode(prompt)
                 output.prompt, output.prompt_token_ids = text, ids
                 request = self._request(index, ids, params)
                 output.prompt_token_ids = request.prompt.tolist()
+                self._next_id += 1
             except RequestError as error:
                 if isinstance(error, PromptTooLongError) and self.on_overlong == "fail":
                     raise
                 output.error = error
-                yield output
-                continue
-            self._next_id += 1
-            known[request.id] = output
-            batch.append(request)
-        self.engine.add(batch)
+            window.append((output, request))
+        return window
+
+    def _add(
+        self, window: list[Prepared], known: dict[int, RequestOutput]
+    ) -> Iterator[RequestOutput]:
+        """Hand a window to the engine; yields the requests that cannot run."""
+        yield from (output for output, request in window if request is None)
+        known.update({request.id: output for output, request in window if request is not None})
+        self.engine.add(request for _, request in window if request is not None)
 
     def _request(self, index: int, ids: list[int], params: SamplingParams) -> EngineRequest:
         if not ids:

@@ -92,6 +92,11 @@ def many_documents(rng: np.random.Generator, vocab: int, scale: float) -> Worklo
     return Workload("many-documents", _shuffled(prompts, rng), _size(32 * scale), kv_share=0.5)
 
 
+def single(rng: np.random.Generator, vocab: int, scale: float) -> Workload:
+    """One request: 128 tokens, 128 out; decoding, bound by memory bandwidth."""
+    return Workload("single", [_tokens(rng, vocab, 128 * scale)], _size(128 * scale))
+
+
 def _size(tokens: float) -> int:
     return max(2, round(tokens))
 
@@ -111,6 +116,7 @@ WORKLOADS: dict[str, Callable[[np.random.Generator, int, float], Workload]] = {
     "no-sharing": no_sharing,
     "long-prefix": long_prefix,
     "many-documents": many_documents,
+    "single": single,
 }
 
 

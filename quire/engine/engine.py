@@ -158,9 +158,11 @@ class Engine:
         started = time.perf_counter()
         hidden = self.runner.forward(works) if works else None
         self.times.model += time.perf_counter() - started
-        started = time.perf_counter()
+        started, head = time.perf_counter(), self.runner.head_seconds
         finished = self._sample(works, hidden)
-        self.times.sample += time.perf_counter() - started
+        head = self.runner.head_seconds - head
+        self.times.model += head
+        self.times.sample += time.perf_counter() - started - head
         if self._pending and finished is None and not plan.changes:
             raise EngineStallError(f"The engine can make no progress.\n{self.describe()}")
         return finished or []

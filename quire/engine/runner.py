@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -34,6 +35,7 @@ class Runner:
     arena: Arena | TiledArena
     plain: bool = False
     deterministic: bool = False
+    head_seconds: float = 0.0  # spent on logits
 
     def forward(self, works: Sequence[Work]) -> Tensor:
         """Compute all tokens of ``works`` (in order): final hidden states [tokens, hidden]."""
@@ -103,7 +105,10 @@ class Runner:
         tile = max(1, LOGIT_BYTES // (4 * self.model.spec.vocab_size))
         with torch.inference_mode():
             for first in range(0, len(hidden), tile):
-                use(self.model.logits(hidden[first : first + tile]), first)
+                started = time.perf_counter()
+                logits = self.model.logits(hidden[first : first + tile])
+                self.head_seconds += time.perf_counter() - started
+                use(logits, first)
 
 
 def _rotate_and_store(

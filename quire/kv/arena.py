@@ -63,10 +63,10 @@ class Arena:
 class TiledArena:
     """Pages of 16 slots as the kernels multiply them.
 
-    With ``p`` elements in 32 bits (bfloat16: 2, float32: 1), ``keys`` is ``[layers, pages, kv_heads,
-    head_dim / p, 16, p]``, a page transposed, and ``values`` ``[layers, pages, kv_heads, 16 / p,
-    head_dim, p]``, so that neighbours along the inner dimension of a product share a word. A page
-    holds all heads, so that few tokens touch little memory.
+    With ``p`` elements in 32 bits (bfloat16: 2, float32: 1), ``keys`` is ``[layers, pages,
+    kv_heads, head_dim / p, 16, p]``, a page transposed, and ``values`` ``[layers, pages, kv_heads,
+    16 / p, head_dim, p]``, so that neighbours along the inner dimension of a product share a word.
+    A page holds all heads, so that few tokens touch little memory.
     """
 
     keys: Tensor

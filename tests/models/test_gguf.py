@@ -293,7 +293,7 @@ def test_setup_takes_a_file(tmp_path: Path, tinystories: Path) -> None:
     for name, weight in tensors.items():
         writer.add_tensor(name, weight.float().numpy())
     gguf_files.finish(writer, path)
-    mine, theirs = Setup.make(path, memory="1GiB"), Setup.make(tinystories, memory="1GiB")
+    mine, theirs = Setup.make(path, memory="4GiB"), Setup.make(tinystories, memory="4GiB")
     assert mine.spec == theirs.spec
     assert mine.dtype == theirs.dtype == torch.float32
     assert mine.encode("Once upon a time") == theirs.encode("Once upon a time")

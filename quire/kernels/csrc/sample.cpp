@@ -49,8 +49,9 @@ float kth_largest(const float* x, int64_t count, int64_t k, std::vector<float>& 
 }
 
 // Zeroes the weights of all but the likeliest tokens whose mass reaches `share` of the total.
-// `x` are the logits from the maximum down, in units of the temperature.
-void keep_mass(const float* x, float* weights, int64_t count, float share) {
+// `x` are the logits from the maximum down, in units of the temperature; `exact` the logits, which
+// tell apart what the division has made equal.
+void keep_mass(const float* x, const float* exact, float* weights, int64_t count, float share) {
     constexpr int64_t BINS = 512;
     constexpr float RANGE = 32;  // e^-32 and less goes into the last bin
     const auto bin = [](float below) {
@@ -72,7 +73,7 @@ void keep_mass(const float* x, float* weights, int64_t count, float share) {
         if (at > border) weights[i] = 0;
     }
     std::stable_sort(members.begin(), members.end(),
-                     [&](int64_t a, int64_t b) { return x[a] > x[b]; });
+                     [&](int64_t a, int64_t b) { return exact[a] > exact[b]; });
     for (const int64_t i : members) {
         const float own = weights[i];
         if (before >= share * total) weights[i] = 0;
@@ -140,7 +141,7 @@ void sample(const SampleArgs& args) {
             store_some(weights.data() + i, weight, count);
         }
         if (args.top_p[row] < 1)
-            keep_mass(scaled.data(), weights.data(), args.vocab, args.top_p[row]);
+            keep_mass(scaled.data(), x, weights.data(), args.vocab, args.top_p[row]);
         if (args.min_p[row] > 0)
             for (int64_t i = 0; i < args.vocab; ++i)
                 if (scaled[i] < least) weights[i] = 0;

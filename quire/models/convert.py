@@ -14,6 +14,7 @@ from quire.errors import CheckpointError, UnsupportedModelError
 from quire.models.gguf import GGUFFile
 from quire.models.loader import Checkpoint, is_layer_matrix, load_spec, open_checkpoint, read_config
 from quire.weights import saved
+from quire.weights.formats import Dense
 from quire.weights.quantise import Asked, quantise
 
 BESIDE = ("tokenizer", "special_tokens", "chat_template", "generation_config", "vocab", "merges")
@@ -57,15 +58,17 @@ def _tensors(
     checkpoint: Checkpoint, source: Path, weights: Asked, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     spec = load_spec(source)
+    head, embed = (f"{n}.weight" for n in (spec.names.head, spec.names.embed))
     found: dict[str, Tensor] = {}
     for name in checkpoint.names():
+        if name == head and spec.tied:
+            continue
         shape = checkpoint.header(name)[0]
-        layer = name.removesuffix(".weight")
-        head = layer == spec.names.head and weights.bits == 8 and not spec.tied
-        if is_layer_matrix(spec, name, shape) or head:
-            found |= saved.tensors(
-                layer, quantise(checkpoint.matrix(layer, (shape[0], shape[1])), weights)
-            )
-        elif not (layer == spec.names.head and spec.tied):
-            found[name] = checkpoint.get(name, shape).to(dtype)
+        values = checkpoint.get(name, shape)
+        eight = weights.bits == 8 and name in (head, embed if spec.tied else head)
+        if is_layer_matrix(spec, name, shape) or eight:
+            layer = (head if eight else name).removesuffix(".weight")
+            found |= saved.tensors(layer, quantise(Dense(values), weights))
+        if not is_layer_matrix(spec, name, shape) and (not eight or name == embed):
+            found[name] = values.to(dtype)
     return {name: tensor.contiguous() for name, tensor in found.items()}

@@ -288,11 +288,11 @@ class _Loader:
         embedding = DenseProduct.make(values)
         # A head of 4 bits costs more quality than its size is worth; 8 bits are near lossless.
         eight = self.asked is not None and self.asked.bits == 8
-        if spec.tied:
+        if not spec.tied or f"{names.head}.values" in self.checkpoint.names():
+            head = self.linear((names.head,), table[0], table[1], bias=False, quantised=eight)
+        else:
             self.checkpoint.used.add(f"{names.head}.weight")
             head = Linear(self.product(quantise(Dense(values), self.asked)) if eight else embedding)
-        else:
-            head = self.linear((names.head,), table[0], table[1], bias=False, quantised=eight)
         decoder = Decoder(
             spec,
             embedding,

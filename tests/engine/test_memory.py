@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -75,7 +76,13 @@ with Watchdog(0.3, lambda: "the state of things") as dog:
     except KeyboardInterrupt:
         print("fired", dog.fired)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # also under nohup
+    )
     assert done.stdout == "fired False\nfired True\n"
     assert "A step has taken more than 0.3 s." in done.stderr
     assert "the state of things" in done.stderr

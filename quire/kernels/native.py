@@ -113,7 +113,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool = False) -
     out = torch.empty_like(rows)
     _native().rms_norm(
         rows.data_ptr(),
-        width,
         out.data_ptr(),
         weight.data_ptr(),
         rows.numel() // width,
@@ -222,7 +221,7 @@ def make_plan(*arguments: object) -> object:
 
 
 def dense(x: Tensor, weight: Tensor, outs: int, bias: Tensor | None, add: Tensor | None) -> Tensor:
-    """``x W^T + bias + add`` for ``weight`` packed by `pack_dense`; ``x`` ``[rows, in]``."""
+    """``x W^T + bias + add`` for ``weight`` packed by `tiles`; ``x`` ``[rows, in]``."""
     out = x.new_empty(x.shape[0], outs)
     _native().dense(*_product(x, out, bias, add), weight.data_ptr())
     return out

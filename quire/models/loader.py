@@ -314,9 +314,10 @@ class _Loader:
         if name in self.checkpoint.used:
             return False
         # Writers of GPTQ give a bias of zeros to layers that have none.
-        padding = self.checkpoint.method is not None and name.endswith(".bias")
+        if self.checkpoint.method is None or not name.endswith(".bias"):
+            return True
         shape = self.checkpoint.header(name)[0]
-        return not padding or bool(self.checkpoint.get(name, shape).any())
+        return bool(self.checkpoint.get(name, shape).any())
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self.checkpoint.get(name, shape).to(self.device, self.dtype)

@@ -264,21 +264,22 @@ void merge_row(const AttentionArgs& args, int64_t token, int64_t head) {
     if (first != last && first->scratch < 0) return;
     const float* base = args.scratch + head * plan.scratch_floats;
     T* to = static_cast<T*>(args.out) + (token * plan.kv_heads + head) * plan.group * dim;
+    thread_local std::vector<float> sums;
     for (int64_t g = 0; g < plan.group; ++g, to += dim) {
         const int64_t at = g * (dim + 2);
         float top = NOTHING, mass = 0;
         for (const Part* p = first; p != last; ++p)
             top = std::max(top, base[p->scratch + at + dim]);
-        for (const Part* p = first; p != last; ++p)
-            mass += std::exp2(base[p->scratch + at + dim] - top) * base[p->scratch + at + dim + 1];
-        for (int64_t i = 0; i < dim; i += WIDTH) {
-            F sum = splat(0);
-            for (const Part* p = first; p != last; ++p) {
-                const float* part = base + p->scratch + at;
-                sum = fma(splat(std::exp2(part[dim] - top)), load(part + i), sum);
-            }
-            store(to + i, sum * splat(mass > 0 ? 1 / mass : 0));
+        sums.assign(dim, 0.0f);
+        for (const Part* p = first; p != last; ++p) {
+            const float* part = base + p->scratch + at;
+            const float weight = std::exp2(part[dim] - top);
+            mass += weight * part[dim + 1];
+            for (int64_t i = 0; i < dim; i += WIDTH)
+                store(&sums[i], fma(splat(weight), load(part + i), load(&sums[i])));
         }
+        const F share = splat(mass > 0 ? 1 / mass : 0);
+        for (int64_t i = 0; i < dim; i += WIDTH) store(to + i, load(&sums[i]) * share);
     }
 }
 

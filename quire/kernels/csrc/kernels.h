@@ -66,10 +66,10 @@ struct RotateArgs {
 };
 
 struct NormArgs {
-    const void* x;  // [rows, width], rows `stride` apart
+    const void* x;  // [rows, width]
     void* out;      // [rows, width]
     const void* weight;
-    int64_t rows, width, stride;
+    int64_t rows, width;
     float eps, add;  // multiplies by weight + add
     bool bf16;
 };
@@ -83,7 +83,7 @@ struct GateArgs {
     bool gated, bf16;
 };
 
-// out = x W^T (+ bias) (+ add), for W packed by `pack_*`.
+// out = x W^T (+ bias) (+ add), for W packed in tiles (products.cpp).
 struct ProductArgs {
     const void* x;       // [rows, in], rows `x_stride` apart
     int64_t x_stride;

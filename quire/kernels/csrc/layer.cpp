@@ -14,7 +14,7 @@ template <class T> void rms_norm_with(const NormArgs& args) {
     const T* weight = static_cast<const T*>(args.weight);
     parallel_ranges(args.rows, 1 + 16384 / args.width, [&](int64_t first, int64_t last) {
         for (int64_t row = first; row < last; ++row) {
-            const T* x = static_cast<const T*>(args.x) + row * args.stride;
+            const T* x = static_cast<const T*>(args.x) + row * args.width;
             T* out = static_cast<T*>(args.out) + row * args.width;
             F squares = splat(0);
             for (int64_t i = 0; i < args.width; i += WIDTH) {

@@ -108,10 +108,9 @@ void rotate_append(uintptr_t q, int64_t q_stride, uintptr_t k, int64_t k_stride,
                            rotated, bf16});
 }
 
-void rms_norm(uintptr_t x, int64_t stride, uintptr_t out, uintptr_t weight, int64_t rows,
-              int64_t width, float eps, float add, bool bf16) {
-    active->rms_norm({at<void>(x), at<void>(out), at<void>(weight), rows, width, stride, eps, add,
-                      bf16});
+void rms_norm(uintptr_t x, uintptr_t out, uintptr_t weight, int64_t rows, int64_t width,
+              float eps, float add, bool bf16) {
+    active->rms_norm({at<void>(x), at<void>(out), at<void>(weight), rows, width, eps, add, bf16});
 }
 
 void gate(uintptr_t x, uintptr_t out, int64_t rows, int64_t width, int64_t activation, bool gated,

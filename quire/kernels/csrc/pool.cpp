@@ -136,23 +136,20 @@ void set_threads(int64_t count) {
 int64_t threads() { return pool()->size(); }
 
 void run_tasks(int64_t count, void (*task)(const void*, int64_t), const void* context) {
-    Pool& here = *pool();
+    struct Part {
+        void (*task)(const void*, int64_t);
+        const void* context;
+        int64_t first;
+    };
     for (int64_t first = 0; first < count; first += int64_t(MOST_TASKS)) {
-        struct Shifted {
-            void (*task)(const void*, int64_t);
-            const void* context;
-            int64_t first;
-        } part{task, context, first};
-        const uint64_t now = uint64_t(std::min(count - first, int64_t(MOST_TASKS)));
-        if (first == 0)
-            here.run(now, task, context);
-        else
-            here.run(now,
-                     [](const void* c, int64_t i) {
-                         const auto* s = static_cast<const Shifted*>(c);
-                         s->task(s->context, s->first + i);
-                     },
-                     &part);
+        const Part part{task, context, first};
+        pool()->run(
+            uint64_t(std::min(count - first, int64_t(MOST_TASKS))),
+            [](const void* at, int64_t i) {
+                const auto* p = static_cast<const Part*>(at);
+                p->task(p->context, p->first + i);
+            },
+            &part);
     }
 }
 

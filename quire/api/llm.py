@@ -28,6 +28,8 @@ from quire.errors import (
     RequestError,
 )
 from quire.kernels import native
+from quire.kv.method import Recipe
+from quire.kv.recipes import parse as parse_recipe
 from quire.models.loader import load_model
 from quire.schedule.policies import POLICIES
 
@@ -46,6 +48,7 @@ class LLM:
     the model's). ``on_overlong``: what to do with a prompt that leaves no room in the context.
     ``weights``: ``"int8"`` or ``"int4"`` quantises them on load (`quire.weights.quantise.parse` has
     all forms). ``deterministic``: a request's tokens do not depend on what it is batched with.
+    ``kv``: a recipe of KV methods, such as ``"snapkv(budget=1024)+kivi(bits=2)"`` (docs/kv.md).
     ``plain`` uses PyTorch alone and the reference attention, for the whole process until the next
     LLM is made. ``stall_seconds``: a step longer than that is a fault. ``on_budget`` receives the
     memory table before weights are loaded.
@@ -59,6 +62,7 @@ class LLM:
         *,
         dtype: str | None = None,
         weights: str | None = None,
+        kv: str | Recipe = "none",
         memory: str | int | None = None,
         kv_memory: str | int | None = None,
         policy: str = "batch",
@@ -84,6 +88,7 @@ class LLM:
                 raise InvalidRequestError(f"{name} must be at least 1.", field=name, value=value)
         if threads is not None:
             torch.set_num_threads(threads)
+        recipe = parse_recipe(kv) if isinstance(kv, str) else kv
         native.configure(plain=plain)
         if device == "cpu" and not plain:
             native.warn_if_missing()
@@ -121,6 +126,7 @@ class LLM:
             eos_ids=self.tokenizer.eos_ids,
             plain=plain,
             deterministic=deterministic,
+            recipe=recipe,
         )
         self._next_id = 0
 

@@ -53,21 +53,22 @@ class Plan:
         own: list[tuple[Segment, list[int]]] = []
         listed = row = 0
 
-        def read(segment: Segment, position: int) -> list[int]:
+        def read(segment: Segment, end: int) -> list[int]:
             nonlocal listed
             offset, its_pages = segment.tiles(native.PAGE)
             pages.append(its_pages)
             listed += len(its_pages)
-            return [row, 0, listed - len(its_pages), offset, segment.length, position]
+            first = end - segment.entries  # position of the first entry in the arena
+            return [row, 0, listed - len(its_pages), offset, segment.entries, first]
 
         for item in items:
             for segment, position in item.before:
                 if id(segment) not in reads:
-                    reads[id(segment)] = read(segment, position)
+                    reads[id(segment)] = read(segment, position + segment.length)
                     segments.append(segment)
                 entry = reads[id(segment)]
                 entry[1] = row + item.count - entry[0]
-            entry = read(item.segment, item.start + item.count - item.segment.length)
+            entry = read(item.segment, item.start + item.count)
             entry[1] = item.count
             own.append((item.segment, entry))
             row += item.count
@@ -96,7 +97,9 @@ def _kept(segments: Sequence[Segment], shape: Shape) -> NDArray[np.int32] | None
     full = np.ones((shape.layers, shape.kv_heads), dtype=np.int32)
     return np.stack(
         [
-            full * s.length if s.kept is None else np.minimum(s.kept, s.length).astype(np.int32)
+            full * s.entries
+            if s.kept is None
+            else np.clip(s.kept - s.packed, 0, s.entries).astype(np.int32)
             for s in segments
         ]
     )
@@ -110,13 +113,15 @@ def attend(
     *,
     scale: float,
     softcap: float | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
-    """Attention of every row over all the KV on its path; see `reference.attend`.
+    """Attention of every row over all the arena's KV on its path; see `reference.attend`.
 
     ``q`` ``[tokens, heads, head_dim]``, tokens any distance apart -> the same shape, contiguous.
+    ``lse`` float32 ``[tokens, heads]`` receives the log of each sum of exp(scores).
     """
     return native.attend(
-        plan.tasks, layer, q, arena.keys[layer], arena.values[layer], scale, softcap
+        plan.tasks, layer, q, arena.keys[layer], arena.values[layer], scale, softcap, lse
     )
 
 

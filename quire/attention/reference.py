@@ -37,14 +37,15 @@ def attend(
         for kv_head in range(kv_heads):
             keys, values, positions = [], [], []
             for segment, first in parts:
-                length = segment.length
+                count = segment.entries
                 if segment.kept is not None:
-                    length = min(length, int(segment.kept[layer, kv_head]))
-                slots = torch.from_numpy(segment.slots[:length]).to(q.device)
-                k, v = arena.read(layer, slots)  # [kv_heads, length, head_dim]
+                    count = min(count, int(segment.kept[layer, kv_head]))
+                slots = torch.from_numpy(segment.slots[:count]).to(q.device)
+                k, v = arena.read(layer, slots)  # [kv_heads, count, head_dim]
                 keys.append(k[kv_head].float())
                 values.append(v[kv_head].float())
-                positions.append(torch.arange(first, first + length, device=q.device))
+                start = first + segment.length - segment.entries
+                positions.append(torch.arange(start, start + count, device=q.device))
             key_at = torch.cat(positions)[None, :]
             visible = key_at <= at
             if window is not None:

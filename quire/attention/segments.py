@@ -109,7 +109,7 @@ def lay_out(items: Sequence[Item], window: int | None) -> Layout:
     def read(
         segment: Segment, position: int, stop: int, rows: tuple[int, int], causal: bool
     ) -> None:
-        """Let ``rows`` read tokens ``[0, stop)`` of ``segment``."""
+        """Let ``rows`` read the arena's entries ``[0, stop)`` of ``segment``."""
         start = 0
         if window is not None:
             nearest = int(positions[rows[0] : rows[1]].min()) - window + 1
@@ -121,25 +121,28 @@ def lay_out(items: Sequence[Item], window: int | None) -> Layout:
             return
         at = position + start
         for low, high in segment.runs(start, stop):
-            kept = None if segment.kept is None else segment.kept - (at - position)
+            kept = segment.kept
+            if kept is not None:
+                kept = kept - segment.packed - (at - position)
             pieces.append((rows[0], rows[1], low, high - low, at, causal, kept))
             at += high - low
 
     for segment, position, first, last in readers.values():
-        read(segment, position, segment.length, (first, last), False)
+        start = position + segment.length - segment.entries
+        read(segment, start, segment.entries, (first, last), False)
     for item, row in own:
-        prior = item.segment.length - item.count
+        prior = item.segment.entries - item.count
         rows = (row, row + item.count)
         first_position = item.start - prior
         if item.count == 1:
-            read(item.segment, first_position, item.segment.length, rows, False)
+            read(item.segment, first_position, item.segment.entries, rows, False)
             continue
         if prior:
             read(item.segment, first_position, prior, rows, False)
         # The chunk itself: a square on the diagonal for each run of slots, and full rectangles
         # below it for the rows after the run.
         at = 0
-        for low, high in item.segment.runs(prior, item.segment.length):
+        for low, high in item.segment.runs(prior, item.segment.entries):
             size = high - low
             pieces.append((row + at, row + at + size, low, size, item.start + at, True, None))
             if row + at + size < rows[1]:

@@ -78,6 +78,9 @@ def run(
         typer.Option(help="Limit for everything, such as 6GiB. Default: 85% of what is free."),
     ] = None,
     kv_memory: Annotated[str | None, typer.Option(help="Limit for the KV cache alone.")] = None,
+    kv: Annotated[
+        str, typer.Option(help='KV methods, such as "snapkv(budget=1024)+kivi(bits=4)".')
+    ] = "none",
     policy: Annotated[
         Policy, typer.Option(help="batch plans all rows together; fcfs takes them in order.")
     ] = Policy.batch,
@@ -149,6 +152,7 @@ def run(
         with LLM(
             model,
             **options,
+            kv=kv,
             policy=policy.value,
             threads=threads,
             window=window,

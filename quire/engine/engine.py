@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -13,12 +13,16 @@ from quire.attention import native
 from quire.decode.rng import derive_seed
 from quire.decode.sampling import RowState, TokenLogprobs, prompt_logprobs, sample
 from quire.decode.stopping import StopStrings, finish_reason
+from quire.engine.facts import make_facts
+from quire.engine.keeper import Keeper
 from quire.engine.limits import PAGE_TOKENS, Limits
 from quire.engine.request import EngineRequest, EngineResult, SampleResult
 from quire.engine.runner import Runner
+from quire.engine.shorten import shorten
 from quire.engine.world import Work, World
 from quire.errors import EngineStallError, InvalidRequestError
 from quire.kv.arena import Arena, TiledArena, token_bytes
+from quire.kv.method import Recipe, Shorten
 from quire.models.decoder import Decoder
 from quire.models.tokenizer import Detokenizer, Tokenizer
 from quire.schedule.state import Policy
@@ -61,7 +65,7 @@ class Engine:
     """Runs requests to their end over one model and one KV arena.
 
     ``kv_bytes`` bounds the KV; ``chunk`` the tokens of a step. ``tokenizer`` may be None when no
-    text is wanted (no stop strings then).
+    text is wanted (no stop strings then). ``recipe``: the KV methods; None: exact KV.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class Engine:
         eos_ids: tuple[int, ...] = (),
         plain: bool = False,
         deterministic: bool = False,
+        recipe: Recipe | None = None,
     ) -> None:
         spec = model.spec
         layers = len(spec.layers)
@@ -92,7 +97,11 @@ class Engine:
                 action="quire info tells which kernels are live and why.",
             )
         arena = TiledArena.make(*sizes) if tiled else Arena.make(*sizes, model.device)
-        self.runner = Runner(model, arena, plain, deterministic)
+        self.keeper: Keeper | None = None
+        if recipe is not None and not recipe.plain:
+            facts = make_facts(model, tokenizer)
+            self.keeper = Keeper(recipe, facts, arena, self.world, self.limits.page_bytes)
+        self.runner = Runner(model, arena, plain, deterministic, self.keeper)
         self.tokenizer = tokenizer
         self.eos_ids = eos_ids
         self.times = Times()
@@ -113,6 +122,8 @@ class Engine:
         """Add requests as one planning window. Raises PromptTooLongError for one beyond limits."""
         started = time.perf_counter()
         batch = list(requests)
+        if self.keeper is not None and self.keeper.recipe.shorten is not None:
+            batch = [self._shorten(r, self.keeper.recipe.shorten) for r in batch]
         added = self.world.add(
             (
                 r.id,
@@ -129,6 +140,12 @@ class Engine:
             pending.sequences.append(seq)
             self._live[seq.id] = self._new_live(seq, pending.request)
         self.times.insert += time.perf_counter() - started
+
+    def _shorten(self, request: EngineRequest, method: Shorten) -> EngineRequest:
+        if request.params.prompt_logprobs is not None:
+            return request  # its scores belong to the whole prompt
+        kept = shorten(self.runner.model, method, request.prompt, self.world.state.chunk)
+        return request if kept is None else replace(request, prompt=request.prompt[kept])
 
     def _new_live(self, seq: Seq, request: EngineRequest) -> _Live:
         params = request.params
@@ -159,7 +176,11 @@ class Engine:
         hidden = self.runner.forward(works) if works else None
         self.times.model += time.perf_counter() - started
         started, head = time.perf_counter(), self.runner.head_seconds
-        finished = self._sample(works, hidden)
+        with torch.inference_mode():
+            ready, rows = self._caught_up(works, hidden)
+        if self.keeper is not None:
+            self.keeper.after(works)
+        finished = self._sample(ready, rows)
         head = self.runner.head_seconds - head
         self.times.model += head
         self.times.sample += time.perf_counter() - started - head
@@ -167,31 +188,42 @@ class Engine:
             raise EngineStallError(f"The engine can make no progress.\n{self.describe()}")
         return finished or []
 
-    def _sample(self, works: Sequence[Work], hidden: Tensor | None) -> list[EngineResult] | None:
-        """Sample for every sequence that has caught up; None if there was none."""
-        rows: list[Tensor] = []
+    def _caught_up(
+        self, works: Sequence[Work], hidden: Tensor | None
+    ) -> tuple[list[Seq], list[Tensor]]:
+        """Sequences whose output has caught up, and their last hidden states.
+
+        Nodes at which prompts end get theirs to keep.
+        """
         ready: list[Seq] = []
+        rows: list[Tensor] = []
         last = 0
-        with torch.inference_mode():
-            for work in works:
-                assert hidden is not None
-                first, last = last, last + work.item.count
-                node = work.node
-                if node is None:
-                    if len(work.sequence.output) == work.sequence.tail.length:
-                        ready.append(work.sequence)
-                        rows.append(hidden[last - 1])
-                    continue
-                if node.missing == 0 and node.ends:
-                    node.hidden = hidden[last - 1].clone()
-                wanted = self._pending[work.sequence.request].request.params.prompt_logprobs
-                if wanted is not None:
-                    self._score_prompt(work, hidden[first:last], wanted)
-            for seq in self.world.state.running:
-                if not seq.output and not seq.leaf.missing:
-                    assert isinstance(seq.leaf.hidden, Tensor)
-                    ready.append(seq)
-                    rows.append(seq.leaf.hidden)
+        for work in works:
+            assert hidden is not None
+            first, last = last, last + work.item.count
+            node = work.node
+            if node is None:
+                if len(work.sequence.output) == work.sequence.tail.length:
+                    ready.append(work.sequence)
+                    rows.append(hidden[last - 1])
+                continue
+            if node.missing == 0 and node.ends:
+                node.hidden = hidden[last - 1].clone()
+            wanted = self._pending[work.sequence.request].request.params.prompt_logprobs
+            if wanted is not None:
+                self._score_prompt(work, hidden[first:last], wanted)
+        return ready, rows
+
+    def _sample(self, ready: list[Seq], rows: list[Tensor]) -> list[EngineResult] | None:
+        """Sample for ``ready`` and for every sequence at its first token; None if there are none.
+
+        ``rows``: the hidden states of ``ready``.
+        """
+        for seq in self.world.state.running:
+            if not seq.output and not seq.leaf.missing:
+                assert isinstance(seq.leaf.hidden, Tensor)
+                ready.append(seq)
+                rows.append(seq.leaf.hidden)
         if not ready:
             return None
         tokens: list[int] = []
@@ -203,7 +235,8 @@ class Engine:
             tokens.extend(drawn.tokens)
             details.extend(drawn.logprobs)
 
-        self.runner.each_logits(torch.stack(rows), draw)
+        with torch.inference_mode():
+            self.runner.each_logits(torch.stack(rows), draw)
         finished = []
         for seq, token, detail in zip(ready, tokens, details, strict=True):
             result = self._accept(seq, token, detail)

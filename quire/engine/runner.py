@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quire.attention import merged, native, reference
+from quire.attention import composed, merged, native, reference
 from quire.attention.segments import Item, lay_out
+from quire.engine.keeper import Keeper
 from quire.engine.world import Work
 from quire.kernels.native import rotate_append
 from quire.kv.arena import Arena, TiledArena
@@ -35,6 +36,7 @@ class Runner:
     arena: Arena | TiledArena
     plain: bool = False
     deterministic: bool = False
+    keeper: Keeper | None = None
     head_seconds: float = 0.0  # spent on logits
 
     def forward(self, works: Sequence[Work]) -> Tensor:
@@ -44,11 +46,13 @@ class Runner:
         slots = torch.from_numpy(np.concatenate([w.slots for w in works])).to(device)
         items = [work.item for work in works]
         positions = np.concatenate([np.arange(i.start, i.start + i.count) for i in items])
-        attend = self._attend(items, slots)
+        at = torch.from_numpy(positions).to(device)
         with torch.inference_mode():
-            return self.model.forward(
-                ids.to(device), torch.from_numpy(positions).to(device), attend
-            )
+            if self.keeper is None:
+                attend = self._attend(items, slots)
+            else:
+                attend = self._compose(works, slots, at)
+            return self.model.forward(ids.to(device), at, attend)
 
     def _attend(self, items: list[Item], slots: Tensor) -> Attend:
         """The attention of a step, laid out for each window that the model has."""
@@ -56,11 +60,7 @@ class Runner:
         scale, softcap = spec.scale, spec.softcap
         windows = [layer.window for layer in spec.layers]
         if isinstance(arena, TiledArena) and not self.plain:
-            shape = native.Shape(len(spec.layers), spec.heads, spec.kv_heads, spec.head_dim)
-            plans = {
-                window: native.Plan.make(items, shape, window, in_order=self.deterministic)
-                for window in set(windows)
-            }
+            plans = self._plans(items)
 
             def attend_tiles(
                 layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation
@@ -99,6 +99,61 @@ class Runner:
             )
 
         return attend_plainly
+
+    def _plans(self, items: list[Item]) -> dict[int | None, native.Plan]:
+        """The native kernels' plan for each window that the model has."""
+        spec = self.model.spec
+        shape = native.Shape(len(spec.layers), spec.heads, spec.kv_heads, spec.head_dim)
+        return {
+            window: native.Plan.make(items, shape, window, in_order=self.deterministic)
+            for window in {layer.window for layer in spec.layers}
+        }
+
+    def _compose(self, works: Sequence[Work], slots: Tensor, positions: Tensor) -> Attend:
+        """The attention of a step under a KV recipe: the arena's part, then what methods hold."""
+        keeper, arena, spec = self.keeper, self.arena, self.model.spec
+        assert keeper is not None
+        scale, softcap = spec.scale, spec.softcap
+        windows = [layer.window for layer in spec.layers]
+        items, reads = composed.reads_of([w.item for w in works], keeper.indexes(works).get)
+        readers = [keeper.reader(w.sequence, int(t)) for w in works for t in w.tokens]
+        tiled = isinstance(arena, TiledArena) and not self.plain
+        plans = self._plans(items) if tiled else {}
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
+            window = windows[layer]
+            if isinstance(arena, TiledArena) and tiled:
+                rotate_append(q, k, v, rotation, slots, arena.keys[layer], arena.values[layer])
+                lse = torch.empty(q.shape[:2]) if reads else None
+                out = native.attend(
+                    arena, layer, q, plans[window], scale=scale, softcap=softcap, lse=lse
+                )
+            else:
+                q = _rotate_and_store(arena, layer, slots, q, k, v, rotation)
+                part = composed.arena_part(
+                    arena, layer, q, items, scale=scale, softcap=softcap, window=window
+                )
+                out, lse = part.out, part.lse
+            if reads:
+                assert lse is not None
+                total = composed.Partial(out.float(), lse)
+                composed.add_reads(
+                    total,
+                    reads,
+                    arena,
+                    layer,
+                    q,
+                    positions,
+                    readers,
+                    scale=scale,
+                    softcap=softcap,
+                    window=window,
+                )
+                out = total.out
+            keeper.watch(works, layer, q, positions, out)
+            return out.to(q.dtype)
+
+        return attend
 
     def each_logits(self, hidden: Tensor, use: Callable[[Tensor, int], None]) -> None:
         """Call ``use(logits, first_row)`` on tiles of the logits of ``hidden`` [rows, hidden]."""

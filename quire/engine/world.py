@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.attention.segments import Item
-from quire.kv.pages import PagePool
+from quire.kv.pages import PagePool, Segment
 from quire.kv.tree import Node, PrefixTree, Tokens
 from quire.schedule.state import Policy, Sequence, State, StepPlan
 from quire.schedule.step import plan_step
@@ -54,6 +54,7 @@ class World:
         self.state = State(self.tree, chunk)
         self.counters = Counters()
         self.steps = 0
+        self.views: set[int] = set()  # ids of nodes that hold one sequence's selection
         self._next_sequence = 0
 
     def add(self, prompts: Iterable[tuple[int, Tokens, int, int, bool]]) -> list[Sequence]:
@@ -81,10 +82,11 @@ class World:
         for seq in plan.preempt:
             self._preempt(seq)
         for node in plan.evict:
+            if node.segment is None:  # a view that went with its preempted sequence
+                continue
             if node.readers:
                 self.counters.recomputed += node.computed
-            self.tree.evict(node)
-            self.tree.prune(node)
+            self._evict(node)
         for seq in plan.unshare:
             self._unshare(seq)
         for seq in plan.admit:
@@ -113,6 +115,53 @@ class World:
             self.state.waiting.remove(seq)
             self._let_go(seq)
 
+    def view(self, seq: Sequence, entries: int) -> Segment | None:
+        """Move a running ``seq`` to a node of its own, with slots for ``entries`` of its prompt.
+
+        The node stands for the whole prompt. What nobody else reads of the old path is freed
+        first. Returns None where there is no room: the sequence then waits, to be computed alone.
+        """
+        hidden = seq.leaf.hidden
+        self.tree.activate(seq.leaf, self.steps, by=-1)
+        self._let_go(seq)
+        self._move(seq)
+        need = self.pool.pages_for(None, entries)
+        for node in sorted(self.tree.resident.values(), key=lambda n: (n.last_use, -n.end)):
+            if need <= self.pool.free_pages:
+                break
+            if not node.active and not node.holders:
+                self.counters.recomputed += node.computed if node.readers else 0
+                self._evict(node)
+        if need > self.pool.free_pages:
+            self.counters.preemptions += 1
+            self.counters.recomputed += len(seq.prompt) + seq.tail.length
+            self.pool.release(seq.tail)
+            self.state.running.remove(seq)
+            self.state.waiting.appendleft(seq)
+            return None
+        self.tree.append(seq.leaf, entries)
+        assert seq.leaf.segment is not None
+        seq.leaf.segment.length = len(seq.prompt)
+        seq.leaf.hidden = hidden
+        self.tree.activate(seq.leaf, self.steps)
+        self.views.add(seq.leaf.id)
+        return seq.leaf.segment
+
+    def refill(self, seq: Sequence, entries: int) -> None:
+        """Give a sequence's view slots for ``entries`` that stand for its prompt and its tail."""
+        segment, tail = seq.leaf.segment, seq.tail
+        assert segment is not None
+        prompt, output = segment.length, tail.length
+        self.pool.release(segment)
+        self.pool.release(tail)
+        self.pool.append(segment, entries)
+        segment.length, tail.length = prompt, output
+
+    def _evict(self, node: Node) -> None:
+        self.tree.evict(node)
+        self.views.discard(node.id)
+        self.tree.prune(node)
+
     def _leave(self, seq: Sequence) -> None:
         self.pool.release(seq.tail)
         self.state.running.remove(seq)
@@ -127,6 +176,7 @@ class World:
             drop = not self.policy.cache or node.loose_leaf
             if node.segment is not None and not node.readers and not node.holders and drop:
                 self.tree.evict(node)
+                self.views.discard(node.id)
         self.tree.prune(seq.leaf)
 
     def _preempt(self, seq: Sequence) -> None:
@@ -134,6 +184,10 @@ class World:
         self.counters.recomputed += seq.tail.length
         self.pool.release(seq.tail)
         self.tree.activate(seq.leaf, self.steps, by=-1)
+        if seq.leaf.id in self.views:  # it may hold output tokens too
+            self.counters.recomputed += seq.leaf.computed
+            self.tree.evict(seq.leaf)
+            self.views.discard(seq.leaf.id)
         self.state.running.remove(seq)
         self.state.waiting.appendleft(seq)
 
@@ -148,6 +202,10 @@ class World:
                 self.counters.recomputed += node.computed
                 self.tree.evict(node)
         self.tree.prune(old)
+        self._move(seq)
+
+    def _move(self, seq: Sequence) -> None:
+        """Give ``seq``, which has let go of its path, a node of its own for the whole prompt."""
         seq.leaf = self.tree.insert(seq.prompt, shared=False)
         self.tree.retain(seq.leaf)
         if seq.output:

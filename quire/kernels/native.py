@@ -194,8 +194,12 @@ def attend(
     values: Tensor,
     scale: float,
     softcap: float | None,
+    lse: Tensor | None = None,
 ) -> Tensor:
-    """Attention of ``q`` ``[tokens, heads, head_dim]`` over a plan's reads of one layer's tiles."""
+    """Attention of ``q`` ``[tokens, heads, head_dim]`` over a plan's reads of one layer's tiles.
+
+    ``lse`` float32 ``[tokens, heads]`` receives the log of each sum of exp(scores).
+    """
     assert q.stride(2) == 1
     assert q.stride(1) == q.shape[2]
     assert q.dtype == keys.dtype
@@ -210,6 +214,7 @@ def attend(
         values.data_ptr(),
         scale,
         softcap or 0.0,
+        _address(lse),
         _is_bf16(q),
     )
     return out

@@ -6,8 +6,10 @@ tiles that the native kernels read.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +60,14 @@ class Arena:
         """Keys and values of ``slots`` int64 ``[n]``: each ``[kv_heads, n, head_dim]``."""
         return self.keys[layer][:, slots], self.values[layer][:, slots]
 
+    def gather(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each head its own slots int64 ``[rows, kv_heads, n]``: each ``[..., n, head_dim]``."""
+        heads = torch.arange(self.kv_heads, device=slots.device)[:, None]
+        return self.keys[layer][heads, slots], self.values[layer][heads, slots]
+
+    def forget(self, pages: Iterable[int]) -> None:
+        """What ``pages`` hold is not needed any more."""
+
 
 @dataclass(frozen=True)
 class TiledArena:
@@ -106,12 +116,47 @@ class TiledArena:
         values = self.values[layer][page, :, place // pack, :, place % pack]
         return keys.transpose(0, 1), values.transpose(0, 1)
 
+    def gather(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each head its own slots int64 ``[rows, kv_heads, n]``: each ``[..., n, head_dim]``."""
+        heads = torch.arange(self.kv_heads)[:, None]
+        page, place, pack = slots // PAGE, slots % PAGE, self.keys.shape[-1]
+        keys = self.keys[layer][page, heads, :, place].flatten(-2)
+        return keys, self.values[layer][page, heads, place // pack, :, place % pack]
+
+    def forget(self, pages: Iterable[int]) -> None:
+        """Give the memory behind ``pages`` back to the system; they read as zeros then."""
+        for first, last in runs_of(pages):
+            for tensor in (self.keys, self.values):
+                for layer in tensor:
+                    _discard(layer[first:last])
+
 
 def _zeros(shape: tuple[int, ...]) -> Tensor:
     """uint8 zeros, committed in small pages: those of 2 MiB cost more to clear than they save."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     memory = mmap.mmap(-1, max(1, math.prod(shape)), flags=flags)
     return torch.from_numpy(np.frombuffer(memory, np.uint8, math.prod(shape)).reshape(shape))
+
+
+def runs_of(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """Adjacent numbers as half-open ranges, ascending."""
+    found: list[tuple[int, int]] = []
+    for number in sorted(numbers):
+        if found and found[-1][1] == number:
+            found[-1] = (found[-1][0], number + 1)
+        else:
+            found.append((number, number + 1))
+    return found
+
+
+def _discard(part: Tensor) -> None:
+    """Drop the system's pages that lie wholly within contiguous private memory."""
+    size = mmap.PAGESIZE
+    start = -(-part.data_ptr() // size) * size
+    stop = (part.data_ptr() + part.nbytes) // size * size
+    if stop > start and hasattr(mmap, "MADV_DONTNEED"):
+        libc = ctypes.CDLL(None)
+        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)
 
 
 def token_bytes(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:

@@ -10,7 +10,8 @@ Paging after vLLM (arXiv 2309.06180); extents keep the slices long.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,38 +25,62 @@ def _no_slots() -> NDArray[np.int64]:
     return np.empty(0, dtype=np.int64)
 
 
+@dataclass(frozen=True)
+class Span:
+    """Entries ``[start, stop)`` of ``data``, which a `quire.kv.method.Store` has packed.
+
+    It pays for its bytes with ``pages`` of the pool, whose memory nobody touches meanwhile.
+    """
+
+    data: Any
+    start: int
+    stop: int
+    pages: frozenset[int]
+
+
 @dataclass(eq=False)
 class Segment:
-    """Tokens in the arena, in order.
+    """The keys and values of ``length`` tokens, in order: first ``stored``, then in the arena.
 
-    ``slots[i]`` is the slot of token i; ``slots[length:]`` is room for more. ``kept``, where a
-    method has dropped tokens, holds the number of leading slots that are still valid for each
-    layer and KV head, int64 ``[layers, kv_heads]``; None means all ``length`` for every head.
+    ``slots[i]``, for i below ``entries``, is the slot of the i-th entry in the arena;
+    ``slots[entries:]`` is room for more. An entry is one token's, the newest token's last, unless
+    a method has dropped or merged tokens: there are then fewer entries than tokens. ``kept``
+    holds the number of leading entries, stored ones included, that are valid for each layer and KV
+    head, int64 ``[layers, kv_heads]``; None means all of them for every head. ``places`` holds
+    their positions, int64 ``[layers, kv_heads, entries]``; None means the last ``entries`` tokens'.
     """
 
     extents: list[Extent] = field(default_factory=list)
     slots: NDArray[np.int64] = field(default_factory=_no_slots)
     length: int = 0
+    entries: int = 0
+    stored: list[Span] = field(default_factory=list)
     kept: NDArray[np.int64] | None = None
+    places: NDArray[np.int64] | None = None
 
     @property
     def room(self) -> int:
         """Tokens that can still be appended without a new page."""
-        return len(self.slots) - self.length
+        return len(self.slots) - self.entries
+
+    @property
+    def packed(self) -> int:
+        """Entries that are stored."""
+        return sum(span.stop - span.start for span in self.stored)
 
     def tiles(self, size: int) -> tuple[int, NDArray[np.int32]]:
         """The pages of ``size`` slots, in order, and the first slot's offset in its page."""
-        if not self.length:
+        if not self.entries:
             return 0, np.empty(0, dtype=np.int32)
-        slots = self.slots[: self.length]
+        slots = self.slots[: self.entries]
         offset = int(slots[0]) % size
         starts = slots[::size] if not offset else np.append(slots[0], slots[size - offset :: size])
         return offset, (starts // size).astype(np.int32)
 
     def runs(self, start: int, stop: int) -> list[Extent]:
-        """The slot ranges of tokens ``[start, stop)``, in order."""
+        """The slot ranges of the arena's entries ``[start, stop)``, in order."""
         found: list[Extent] = []
-        offset = 0  # index of the token in the extent's first slot
+        offset = 0  # index of the entry in the extent's first slot
         for first, last in self.extents:
             low = max(start - offset, 0) + first
             high = min(stop - offset, last - first) + first
@@ -117,42 +142,74 @@ class PagePool:
         if len(grown) > 1:
             segment.slots = np.concatenate(grown)
         segment.length += tokens
-        return segment.slots[segment.length - tokens : segment.length]
+        segment.entries += tokens
+        return segment.slots[segment.entries - tokens : segment.entries]
 
     def release(self, segment: Segment) -> None:
         """Give up all of the segment's pages; it is empty afterwards."""
         for page in self.pages_of(segment):
             self._drop(page)
-        segment.extents, segment.slots, segment.length = [], _no_slots(), 0
-        segment.kept = None
+        segment.extents, segment.slots, segment.stored = [], _no_slots(), []
+        segment.length = segment.entries = 0
+        segment.kept = segment.places = None
 
     def cut(self, segment: Segment, at: int) -> Segment:
         """Split off tokens ``[0, at)`` as a new segment; ``segment`` keeps ``[at, length)``.
 
-        ``0 < at < segment.length``. A page that both halves touch gets one more reference.
+        ``0 < at < segment.length``, and every token has its entry. What both halves touch, a page
+        or stored data, gets one more reference.
         """
-        assert 0 < at < segment.length
-        head = Segment(segment.runs(0, at), segment.slots[:at], at)
+        packed = segment.packed
+        assert 0 < at < segment.length == packed + segment.entries
+        head = Segment(length=at)
         if segment.kept is not None:
             head.kept = np.minimum(segment.kept, at)
             segment.kept = segment.kept - head.kept
-        segment.extents = segment.runs(at, len(segment.slots))
-        segment.slots = segment.slots[at:]
+        head.stored, segment.stored = _cut_spans(segment.stored, at)
+        inside = max(0, at - packed)  # of the arena
+        head.extents, head.slots, head.entries = (
+            segment.runs(0, inside),
+            segment.slots[:inside],
+            inside,
+        )
+        segment.extents = segment.runs(inside, len(segment.slots))
+        segment.slots = segment.slots[inside:]
+        segment.entries -= inside
         segment.length -= at
         for page in self.pages_of(head) & self.pages_of(segment):
             self.references[page] += 1
         return head
 
-    def keep(self, segment: Segment, kept: NDArray[np.int64]) -> None:
-        """Shorten ``segment`` to ``kept`` leading slots for each [layer, KV head].
+    def store(self, segment: Segment, entries: int, data: Any, pages: int) -> set[int] | None:
+        """The arena's first ``entries`` become ``data``, which pays with ``pages`` of their pages.
 
-        Pages beyond the longest head are freed; the segment can then grow no more.
+        Returns the pages that hold nothing any more: those of the payment and the free ones; None,
+        with nothing changed, where the payment would not fit in what the entries alone occupy.
         """
+        rest = segment.runs(entries, len(segment.slots))
+        still = _pages(rest, self.page_tokens)
+        head = _pages(segment.runs(0, entries), self.page_tokens)
+        loose = sorted(p for p in head - still if self.references[p] == 1)
+        if pages > len(loose):
+            return None
+        segment.stored.append(Span(data, 0, entries, frozenset(loose[:pages])))
+        segment.extents, segment.slots = rest, segment.slots[entries:]
+        segment.entries -= entries
+        for page in (head - still) - set(loose[:pages]):
+            self._drop(page)
+        return set(loose)
+
+    def keep(self, segment: Segment, kept: NDArray[np.int64]) -> None:
+        """Let only ``kept`` leading entries of the arena count for each [layer, KV head].
+
+        Pages beyond the longest head are freed. Nothing may be stored.
+        """
+        assert not segment.stored
         longest = int(kept.max())
         before = self.pages_of(segment)
         segment.extents = segment.runs(0, longest)
         segment.slots = segment.slots[:longest]
-        segment.length = longest
+        segment.entries = longest
         segment.kept = kept
         for page in before - self.pages_of(segment):
             self._drop(page)
@@ -161,7 +218,7 @@ class PagePool:
         """Assert the invariant, given every live segment."""
         counts = [0] * self.pages
         for segment in segments:
-            assert segment.length <= len(segment.slots)
+            assert segment.entries <= len(segment.slots)
             listed = [s for first, last in segment.extents for s in range(first, last)]
             assert listed == segment.slots.tolist()
             for page in self.pages_of(segment):
@@ -172,13 +229,10 @@ class PagePool:
         assert self.free_pages == len(free)
 
     def pages_of(self, segment: Segment) -> set[int]:
-        """The pages on which the segment has slots."""
-        size = self.page_tokens
-        return {
-            page
-            for first, last in segment.extents
-            for page in range(first // size, (last - 1) // size + 1)
-        }
+        """The pages on which the segment has slots, or that its stored data pays with."""
+        return _pages(segment.extents, self.page_tokens).union(
+            *(span.pages for span in segment.stored)
+        )
 
     def _take(self, segment: Segment, need: int) -> Extent:
         """Take up to ``need`` adjacent free pages: after the segment's last, else the best fit."""
@@ -217,3 +271,23 @@ class PagePool:
             del self._ends[last]
         self._runs[first] = last
         self._ends[last] = first
+
+
+def _pages(extents: list[Extent], size: int) -> set[int]:
+    return {
+        page for first, last in extents for page in range(first // size, (last - 1) // size + 1)
+    }
+
+
+def _cut_spans(spans: list[Span], at: int) -> tuple[list[Span], list[Span]]:
+    """The spans before and after entry ``at``."""
+    head: list[Span] = []
+    rest: list[Span] = []
+    for span in spans:
+        middle = min(max(span.start + at, span.start), span.stop)
+        if middle > span.start:
+            head.append(replace(span, stop=middle))
+        if middle < span.stop:
+            rest.append(replace(span, start=middle))
+        at -= span.stop - span.start
+    return head, rest

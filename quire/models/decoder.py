@@ -80,14 +80,19 @@ class Decoder:
         products |= {id(p): p.nbytes for p in (self.embedding, self.head.product)}
         return sum(products.values())
 
-    def forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Final hidden states ``[tokens, hidden]``; ``ids``, ``positions`` int64 ``[tokens]``."""
+    def forward(
+        self, ids: Tensor, positions: Tensor, attend: Attend, *, layers: int | None = None
+    ) -> Tensor:
+        """Final hidden states ``[tokens, hidden]``; ``ids``, ``positions`` int64 ``[tokens]``.
+
+        ``layers``: run only the first so many.
+        """
         x = self.embedding.rows(ids)
         if self.spec.embed_scale is not None:
             x = x * torch.tensor(self.spec.embed_scale, dtype=x.dtype, device=x.device)
         ropes = {layer.spec.rope for layer in self.layers} - {None}
         angles = {r: rope.tables(r, positions) for r in ropes if r is not None}
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.layers[:layers]):
             x = self._layer(index, layer, x, angles, attend)
         return self.final_norm(x)
 

@@ -20,6 +20,7 @@ from quire.engine.engine import Engine
 from quire.engine.limits import PAGE_TOKENS
 from quire.engine.request import EngineRequest, EngineResult
 from quire.errors import EngineStallError, PromptTooLongError
+from quire.kv.method import Recipe
 from quire.schedule.policies import POLICIES
 from quire.schedule.state import Policy
 from toy import ByteTokenizer, MockModel, spec
@@ -41,6 +42,7 @@ def run(
     plain: bool = False,
     windows: int | None = None,
     model: MockModel | None = None,
+    recipe: Recipe | None = None,
 ) -> tuple[dict[int, EngineResult], Engine]:
     """Run to the end, checking the pool after every step. ``windows``: requests added at first."""
     engine = Engine(
@@ -51,6 +53,7 @@ def run(
         chunk=chunk,
         eos_ids=(0,),
         plain=plain,
+        recipe=recipe,
     )
     later = [] if windows is None else requests[windows:]
     engine.add(requests[:windows])

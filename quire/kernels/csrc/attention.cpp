@@ -39,6 +39,11 @@ QUIRE_INLINE F hide(F x, int64_t low, int64_t high) {
     return load(lanes);
 }
 
+// `top` in units of log2, `mass` relative to it.
+void save_lse(const AttentionArgs& args, int64_t at, float top, float mass) {
+    if (args.lse != nullptr) args.lse[at] = mass > 0 ? (top + std::log2(mass)) / LOG2E : -INFINITY;
+}
+
 template <class E> struct Task {
     using T = typename E::Element;
     static constexpr int64_t UNITS = BLOCK / E::PACK;  // of a row of weights
@@ -187,6 +192,7 @@ template <class E> struct Task {
             const float mass = sum(work.mass[r]);
             const F share = splat(mass > 0 ? 1 / mass : 0);
             for (int64_t i = 0; i < dim; i += WIDTH) store(to + i, load(out + i) * share);
+            save_lse(args, token * plan.kv_heads * plan.group + at, work.top[r], mass);
         }
     }
 
@@ -280,6 +286,7 @@ void merge_row(const AttentionArgs& args, int64_t token, int64_t head) {
         }
         const F share = splat(mass > 0 ? 1 / mass : 0);
         for (int64_t i = 0; i < dim; i += WIDTH) store(to + i, load(&sums[i]) * share);
+        save_lse(args, (token * plan.kv_heads + head) * plan.group + g, top, mass);
     }
 }
 

@@ -50,6 +50,7 @@ struct AttentionArgs {
     int64_t layer;
     float scale, softcap;  // softcap 0: none
     float* scratch;        // [kv_heads, scratch_floats]
+    float* lse;            // [tokens, heads], log of the sum of exp(scores); or null
     bool bf16;
 };
 

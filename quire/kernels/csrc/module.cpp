@@ -90,12 +90,12 @@ AttentionPlan make_plan(Ints reads, Shorts pages, Ints positions, std::optional<
 }
 
 void attend(const AttentionPlan& plan, int64_t layer, uintptr_t q, int64_t q_stride, uintptr_t out,
-            uintptr_t keys, uintptr_t values, float scale, float softcap,
+            uintptr_t keys, uintptr_t values, float scale, float softcap, uintptr_t lse,
             bool bf16) {
     thread_local std::vector<float> scratch;
     scratch.resize(plan.kv_heads * plan.scratch_floats);
     active->attend({&plan, at<void>(q), q_stride, at<void>(out), at<void>(keys), at<void>(values),
-                    layer, scale, softcap, scratch.data(), bf16});
+                    layer, scale, softcap, scratch.data(), at<float>(lse), bf16});
 }
 
 void rotate_append(uintptr_t q, int64_t q_stride, uintptr_t k, int64_t k_stride, uintptr_t v,

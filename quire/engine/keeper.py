@@ -1,0 +1,338 @@
+"""Carries out a KV recipe: sees to it that selectors, stores and fetchers are asked in time.
+
+After each forward pass and before sampling: sequences whose prompt is complete get their own view
+of it (`Select`); complete nodes are packed (`Store`), once for all their readers; so are the
+tails of decoding sequences, block by block; and what a decoding sequence holds is selected again
+when the method wants it. The only part of the engine that calls methods; it knows none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quire.attention.composed import held, visible_at, weigh
+from quire.attention.segments import Item
+from quire.engine.world import Work, World
+from quire.kv.arena import Arena, TiledArena
+from quire.kv.method import Entries, Facts, Index, Plain, Reader, Recipe, Seen, join
+from quire.kv.pages import Segment
+from quire.kv.tree import Node, Tokens
+from quire.schedule.state import Sequence as Seq
+
+MASS_ROWS = 64  # rows whose attention weights exist at once
+
+
+@dataclass
+class Notes:
+    """What is remembered of a segment's rows. Lists have one tensor a layer.
+
+    ``queries``: the last rotated ones ``[w, heads, head_dim]``; ``mass``: attention that its rows
+    gave to every entry before them, ``[kv_heads, entries]``.
+    """
+
+    queries: list[Tensor] = field(default_factory=list)
+    mass: list[Tensor] = field(default_factory=list)
+    index: Index | None = None
+    indexed: int = -1  # entries when the index was made
+    state: dict[str, Any] = field(default_factory=dict)
+    selected: int = 0  # tokens of the sequence when it last selected
+
+
+class Keeper:
+    """One engine's recipe at work. ``page_bytes``: of the pool."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        facts: Facts,
+        arena: Arena | TiledArena,
+        world: World,
+        page_bytes: int,
+    ) -> None:
+        self.recipe = recipe
+        self.facts = facts
+        self.arena = arena
+        self.world = world
+        self.page_bytes = page_bytes
+        self._notes: WeakKeyDictionary[Segment, Notes] = WeakKeyDictionary()
+
+    def notes(self, segment: Segment) -> Notes:
+        """What is remembered of ``segment``."""
+        return self._notes.setdefault(segment, Notes())
+
+    # While a step runs: what methods need to see.
+
+    def watch(
+        self, works: Sequence[Work], layer: int, q: Tensor, positions: Tensor, out: Tensor
+    ) -> None:
+        """Look at a layer's attention: ``q`` (rotated) and ``out`` ``[tokens, heads, head_dim]``.
+
+        Keeps what the selector wants to see, and replaces what a sparse prefill computes.
+        """
+        select, sparse = self.recipe.select, self.recipe.sparse
+        row = 0
+        for work in works:
+            rows = slice(row, row + work.item.count)
+            row += work.item.count
+            if sparse is not None and work.item.count > 1:
+                entries = self.path_entries(work.item, layer)
+                start = work.item.start
+                out[rows] = sparse.attend(self.facts, layer, q[rows], entries, start).to(out.dtype)
+            if select is None:
+                continue
+            notes = self.notes(work.item.segment)
+            if select.window and work.node is not None:
+                known = notes.queries[layer] if layer < len(notes.queries) else q[:0]
+                _put(notes.queries, layer, torch.cat([known, q[rows]])[-select.window :].clone())
+            if select.mass:
+                self._add_mass(work, layer, q[rows], positions[rows])
+
+    def _add_mass(self, work: Work, layer: int, q: Tensor, positions: Tensor) -> None:
+        """Add the attention that a work's rows give to each entry of its path."""
+        entries = self.path_entries(work.item, layer)
+        viewed = work.node is None and work.sequence.leaf.id in self.world.views
+        owner = work.sequence.leaf.segment if viewed else work.item.segment
+        assert owner is not None
+        notes = self.notes(owner)
+        total = torch.zeros(entries.positions.shape)
+        if layer < len(notes.mass):
+            total[:, : notes.mass[layer].shape[1]] = notes.mass[layer]
+        for first in range(0, len(q), MASS_ROWS):
+            part = slice(first, first + MASS_ROWS)
+            seen = entries.positions <= positions[part, None, None]
+            window = visible_at(positions[part], entries, self.facts.windows[layer])
+            if window is not None:
+                seen = seen & window
+            scores = weigh(q[part], entries, scale=self.facts.scale, softcap=None, visible=seen)
+            total += scores.softmax(-1).sum((0, 2))
+        _put(notes.mass, layer, total)
+
+    def path_entries(self, item: Item, layer: int) -> Entries:
+        """Everything that an item's last row may read, in order."""
+        own = item.start + item.count - item.segment.length
+        parts: list[Entries] = []
+        for segment, start in (*item.before, (item.segment, own)):
+            parts += held(self.arena, segment, start, layer)
+        return join(parts)
+
+    # What decoding rows fetch.
+
+    def indexes(self, works: Sequence[Work]) -> dict[Segment, Index]:
+        """The indexes of what decoding sequences read."""
+        found: dict[Segment, Index] = {}
+        if self.recipe.fetch is None:
+            return found
+        for work in works:
+            if work.node is None:
+                for node in work.sequence.leaf.path():
+                    tokens = work.sequence.prompt[node.kv_start : node.end]
+                    segment = node.segment
+                    if segment is not None and segment not in found:
+                        index = self._index(segment, node.kv_start, tokens)
+                        if index is not None:
+                            found[segment] = index
+        return found
+
+    def _index(self, segment: Segment, start: int, tokens: Tokens) -> Index | None:
+        """The index of a complete segment, made when it is first asked for."""
+        fetch = self.recipe.fetch
+        assert fetch is not None
+        notes = self.notes(segment)
+        size = segment.packed or segment.entries
+        if notes.indexed != size:
+            stored = len(segment.stored)
+
+            def layers(layer: int) -> Entries:
+                parts = held(self.arena, segment, start, layer)
+                return join(parts[:stored]) if stored else parts[0]
+
+            notes.index, notes.indexed = fetch.index(self.facts, layers, tokens), size
+        return notes.index
+
+    def reader(self, seq: Seq, token: int) -> Reader:
+        """The state that a decoding sequence keeps for a fetcher."""
+        return Reader(token, self.notes(seq.tail).state)
+
+    # After the forward pass, before sampling.
+
+    def after(self, works: Sequence[Work]) -> None:
+        """Select, pack and select again, as the recipe asks for."""
+        with torch.inference_mode():
+            if self.recipe.select is not None:
+                for seq in list(self.world.state.running):
+                    if not seq.leaf.missing and seq.leaf.id not in self.world.views:
+                        self._view(seq)
+                if self.recipe.select.every is not None:
+                    for work in works:
+                        if work.node is None and work.sequence in self.world.state.running:
+                            self._again(work.sequence)
+            if self.recipe.store is not None:
+                done = [work.node for work in works if work.node is not None]
+                done += [s.leaf for s in self.world.state.running if s.leaf.id in self.world.views]
+                for node in dict.fromkeys(done):
+                    if node.segment is not None and not node.missing and not node.segment.stored:
+                        self._pack(node.segment, node.kv_start, self._recent(node))
+                for work in works:
+                    if work.node is None:
+                        seq = work.sequence
+                        self._pack(seq.tail, seq.leaf.end, self.recipe.store.recent)
+
+    def _recent(self, node: Node) -> int:
+        """Newest entries of a complete node that stay: a shared one's are not the newest."""
+        assert self.recipe.store is not None
+        return self.recipe.store.recent if not node.children else 0
+
+    def _pack(self, segment: Segment, start: int, recent: int) -> None:
+        store = self.recipe.store
+        assert store is not None
+        count = (segment.entries - recent) // store.block * store.block
+        if count <= 0:
+            return
+        layers = [
+            held(self.arena, segment, start, layer)[-1].part(0, count)
+            for layer in range(self.facts.layers)
+        ]
+        packed = store.pack(self.facts, layers)
+        freed = self.world.pool.store(segment, count, packed, -(-packed.nbytes // self.page_bytes))
+        if freed is not None:
+            self.arena.forget(freed)
+
+    def _seen(self, seq: Seq) -> Seen:
+        path = seq.leaf.path()
+        item = Item((), seq.leaf.end + seq.tail.length, 0, seq.tail, _segments(path))
+        chain = [self.notes(node.segment) for node in path if node.segment is not None]
+
+        def queries(layer: int) -> Tensor:
+            select = self.recipe.select
+            assert select is not None
+            known = [n.queries[layer] for n in chain if layer < len(n.queries)]
+            return torch.cat(known)[-select.window :]
+
+        def mass(layer: int) -> Tensor:
+            size = len(self.path_entries(item, layer))
+            total = torch.zeros(self.facts.kv_heads, size)
+            for notes in chain:
+                if layer < len(notes.mass):
+                    total[:, : notes.mass[layer].shape[1]] += notes.mass[layer]
+            return total
+
+        return Seen(
+            self.facts,
+            len(seq.prompt),
+            len(seq.prompt) + seq.tail.length,
+            lambda layer: self.path_entries(item, layer),
+            queries,
+            mass,
+            chain[-1].state,
+        )
+
+    def _view(self, seq: Seq) -> None:
+        """Give ``seq`` its own copy of what the selector keeps of its prompt."""
+        select = self.recipe.select
+        assert select is not None
+        seen = self._seen(seq)
+        found = select.select(seen)
+        if found is None and select.every is None:
+            return
+        held_now, mass = _apply(seen, found, select.mass)
+        segment = self.world.view(seq, self._room(held_now))
+        if segment is None:
+            return  # no room: the sequence starts again, alone
+        self._fill(segment, held_now)
+        notes = self.notes(segment)
+        notes.mass, notes.state, notes.selected = mass, seen.state, seen.tokens
+
+    def _again(self, seq: Seq) -> None:
+        select = self.recipe.select
+        segment = seq.leaf.segment
+        assert select is not None and select.every is not None and segment is not None
+        notes = self.notes(segment)
+        tokens = len(seq.prompt) + seq.tail.length
+        if tokens - notes.selected < select.every:
+            return
+        seen = self._seen(seq)
+        found = select.select(seen)
+        notes.selected = tokens
+        if found is None:
+            return
+        held_now, mass = _apply(seen, found, select.mass)
+        self.world.refill(seq, self._room(held_now))
+        self._fill(segment, held_now)
+        notes.mass = mass
+
+    def _room(self, layers: list[Entries]) -> int:
+        """Slots that a view of ``layers`` needs, those that pay for biases included."""
+        longest = max(len(entries) for entries in layers)
+        if all(entries.bias is None for entries in layers):
+            return longest
+        slot = self.page_bytes // self.world.pool.page_tokens
+        more = longest * self.facts.layers * self.facts.kv_heads * Plain.EXTRA
+        page = self.world.pool.page_tokens
+        return -(-(longest + -(-more // slot)) // page) * page
+
+    def _fill(self, segment: Segment, layers: list[Entries]) -> None:
+        """Write entries, as many as each layer and head has, into an empty segment's slots."""
+        kept = np.zeros((self.facts.layers, self.facts.kv_heads), dtype=np.int64)
+        places = np.zeros((*kept.shape, segment.entries), dtype=np.int64)
+        for layer, entries in enumerate(layers):
+            slots = torch.from_numpy(segment.slots[: len(entries)])
+            dtype = self.facts.dtype
+            k, v = (x.to(dtype).transpose(0, 1) for x in (entries.keys, entries.values))
+            self.arena.write(layer, slots.to(k.device), k.contiguous(), v.contiguous())
+            count = entries.count
+            kept[layer] = len(entries) if count is None else count.numpy()
+            places[layer, :, : len(entries)] = entries.positions.numpy()
+        segment.places = places
+        if (kept != segment.entries).any():
+            segment.kept = kept
+        if any(entries.bias is not None for entries in layers):
+            self._fill_biased(segment, layers)
+
+    def _fill_biased(self, segment: Segment, layers: list[Entries]) -> None:
+        """Hold entries that have a bias, for which the arena has no place, as they are."""
+        plain = Plain(tuple(entries.widened(segment.entries) for entries in layers))
+        pages = -(-plain.nbytes // self.page_bytes)
+        freed = self.world.pool.store(segment, segment.entries, plain, pages)
+        assert freed is not None, "a view of biased entries is given pages for the biases"
+        self.arena.forget(freed)
+
+
+def _apply(
+    seen: Seen, found: list[list[Tensor]] | list[Entries] | None, mass: bool
+) -> tuple[list[Entries], list[Tensor]]:
+    """What the sequence holds after a selection, and the mass that its entries have received."""
+    layers = range(seen.facts.layers)
+    if found is None:
+        return [seen.entries(i) for i in layers], [seen.mass(i) for i in layers] if mass else []
+    held_now: list[Entries] = []
+    masses: list[Tensor] = []
+    for layer, choice in enumerate(found):
+        if isinstance(choice, Entries):
+            held_now.append(choice)
+            continue
+        held_now.append(seen.entries(layer).take(choice))
+        if mass:
+            before = seen.mass(layer)
+            kept = torch.zeros(len(choice), len(held_now[-1]))
+            for head, index in enumerate(choice):
+                kept[head, : len(index)] = before[head, index]
+            masses.append(kept)
+    return held_now, masses
+
+
+def _segments(path: Sequence[Node]) -> tuple[tuple[Segment, int], ...]:
+    return tuple((n.segment, n.kv_start) for n in path if n.segment is not None)
+
+
+def _put(tensors: list[Tensor], layer: int, value: Tensor) -> None:
+    if layer < len(tensors):
+        tensors[layer] = value
+    else:
+        tensors.append(value)

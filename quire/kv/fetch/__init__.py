@@ -1,0 +1,1 @@
+"""Which entries a query reads: one file a method; see `quire.kv.method.Fetch`."""

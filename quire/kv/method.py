@@ -1,0 +1,377 @@
+"""The joint of KV methods: what a method is given, and what it gives back.
+
+A method works on one of three axes. `Select` decides which entries a sequence keeps (or merges),
+`Store` how entries are represented, `Fetch` which of them a query reads. The engine knows these
+protocols and nothing of the methods; see ``docs/kv.md``.
+
+An **entry** is a key and a value of one KV head: of one token, or of several merged into one.
+Keys are rotated (post-RoPE) wherever they cross this joint; a method that wants them otherwise
+turns them back with `Facts.unrotate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Entries:
+    """What the KV heads of one layer hold, or a part of it.
+
+    ``keys``, ``values`` ``[kv_heads, n, head_dim]``; ``positions`` int64 ``[kv_heads, n]``.
+    ``bias`` float32 ``[kv_heads, n]`` is added to the scaled scores (the log of how many tokens an
+    entry stands for, where a method wants that). ``count`` int64 ``[kv_heads]``: leading entries
+    that are valid; None means all. Gathered for each row, all have a leading ``[rows]``.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    bias: Tensor | None = None
+    count: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.keys.shape[-2]
+
+    def part(self, start: int, stop: int) -> Entries:
+        """Entries ``[start, stop)`` of every head."""
+        return Entries(
+            self.keys[..., start:stop, :],
+            self.values[..., start:stop, :],
+            self.positions[..., start:stop],
+            None if self.bias is None else self.bias[..., start:stop],
+            None if self.count is None else (self.count - start).clamp(0, stop - start),
+        )
+
+    def take(self, index: Sequence[Tensor]) -> Entries:
+        """The entries ``index[h]`` (int64, any number) of each head h, padded to one length."""
+        return pad(
+            [
+                Entries(
+                    self.keys[h : h + 1, i],
+                    self.values[h : h + 1, i],
+                    self.positions[h : h + 1, i],
+                    None if self.bias is None else self.bias[h : h + 1, i],
+                )
+                for h, i in enumerate(index)
+            ]
+        )
+
+    def head(self, h: int) -> Entries:
+        """The valid entries of head ``h`` alone."""
+        count = len(self) if self.count is None else int(self.count[h])
+        one = slice(h, h + 1)
+        return Entries(
+            self.keys[one, :count],
+            self.values[one, :count],
+            self.positions[one, :count],
+            None if self.bias is None else self.bias[one, :count],
+        )
+
+    def widened(self, size: int) -> Entries:
+        """The same with ``size`` entries a head, the added ones not counted."""
+        return pad([self.head(h) for h in range(len(self.keys))], size)
+
+
+def pad(heads: Sequence[Entries], size: int = 0) -> Entries:
+    """One head each (no ``count``) as one, of at least ``size`` entries; short heads repeat."""
+    longest = max(size, *(len(head) for head in heads))
+
+    def widen(x: Tensor) -> Tensor:
+        if x.shape[1] == longest:
+            return x
+        last = x[:, -1:] if x.shape[1] else x.new_zeros(1, 1, *x.shape[2:])
+        return torch.cat([x, last.expand(-1, longest - x.shape[1], *x.shape[2:])], dim=1)
+
+    count = torch.tensor([len(head) for head in heads])
+    return Entries(
+        torch.cat([widen(head.keys) for head in heads]),
+        torch.cat([widen(head.values) for head in heads]),
+        torch.cat([widen(head.positions) for head in heads]),
+        None
+        if all(head.bias is None for head in heads)
+        else torch.cat([widen(_bias(head)) for head in heads]),
+        None if bool((count == longest).all()) else count,
+    )
+
+
+def join(parts: Sequence[Entries]) -> Entries:
+    """Parts of one layer, one after the other; what is not counted is left out."""
+    if len(parts) == 1:
+        return parts[0]
+    if any(part.count is not None for part in parts[:-1]):
+        heads = range(len(parts[0].keys))
+        return pad([join([part.head(h) for part in parts]) for h in heads])
+    before = sum(len(part) for part in parts[:-1])
+    count = parts[-1].count
+    return Entries(
+        torch.cat([part.keys for part in parts], dim=1),
+        torch.cat([part.values for part in parts], dim=1),
+        torch.cat([part.positions for part in parts], dim=1),
+        None
+        if all(part.bias is None for part in parts)
+        else torch.cat([_bias(part) for part in parts], dim=1),
+        None if count is None else count + before,
+    )
+
+
+def _bias(part: Entries) -> Tensor:
+    return part.bias if part.bias is not None else torch.zeros(part.positions.shape)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the model computed over a short text. Each a list with one tensor a layer.
+
+    ``queries`` ``[tokens, heads, head_dim]``, ``keys`` and ``values`` ``[tokens, kv_heads,
+    head_dim]``, all before rotation, float32.
+    """
+
+    queries: list[Tensor]
+    keys: list[Tensor]
+    values: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What methods may know of the model.
+
+    ``turn(layer, x, positions, back)`` rotates ``x`` ``[..., n, head_dim]`` at ``positions`` int64
+    (that broadcast to ``[..., n]``) as the layer's RoPE does, or turns it back. ``calibrate`` gives
+    a `Calibration` (computed once). ``window``: of each layer, None where it sees everything.
+    """
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    scale: float
+    windows: tuple[int | None, ...]
+    turn: Callable[[int, Tensor, Tensor, bool], Tensor]
+    calibrate: Callable[[], Calibration]
+
+    @property
+    def group(self) -> int:
+        """Query heads of a KV head."""
+        return self.heads // self.kv_heads
+
+    def rotate(self, layer: int, x: Tensor, positions: Tensor) -> Tensor:
+        """Apply RoPE to ``x`` ``[..., n, head_dim]`` at ``positions``."""
+        return self.turn(layer, x, positions, False)
+
+    def unrotate(self, layer: int, x: Tensor, positions: Tensor) -> Tensor:
+        """Take RoPE back from ``x`` ``[..., n, head_dim]`` at ``positions``."""
+        return self.turn(layer, x, positions, True)
+
+
+class Stored(Protocol):
+    """Packed entries of all layers; immutable."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in RAM, everything counted."""
+        ...
+
+    def read(self, layer: int, index: Tensor | None = None) -> Entries:
+        """All entries of a layer, float32 or the model's dtype.
+
+        With ``index`` int64 ``[rows, kv_heads, k]``, those alone: ``[rows, kv_heads, k, ...]``.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Entries as they are: of all layers, as many in each."""
+
+    EXTRA: ClassVar[int] = 12  # bytes of an entry's bias and position, beside key and value
+
+    layers: tuple[Entries, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in RAM."""
+        return sum(
+            e.keys.nbytes + e.values.nbytes + self.EXTRA * e.positions.numel() for e in self.layers
+        )
+
+    def read(self, layer: int, index: Tensor | None = None) -> Entries:
+        """All entries of a layer, or those of ``index``; see `Stored.read`."""
+        entries = self.layers[layer]
+        return entries if index is None else gather(entries, index)
+
+
+def gather(entries: Entries, index: Tensor) -> Entries:
+    """The entries ``index`` int64 ``[rows, kv_heads, k]`` for each row."""
+    heads = torch.arange(index.shape[1])[:, None]
+    return Entries(
+        entries.keys[heads, index],
+        entries.values[heads, index],
+        entries.positions[heads, index],
+        None if entries.bias is None else entries.bias[heads, index],
+    )
+
+
+class Store(Protocol):
+    """How entries are represented once they are complete.
+
+    ``block``: entries are packed in multiples of this many. ``recent``: the newest tokens of a
+    sequence that stay as they are.
+    """
+
+    @property
+    def block(self) -> int:
+        """Entries that can only be packed together."""
+        ...
+
+    @property
+    def recent(self) -> int:
+        """Newest tokens that are not packed."""
+        ...
+
+    def pack(self, facts: Facts, layers: Sequence[Entries]) -> Stored:
+        """Pack the entries of all layers: as many in each, a multiple of ``block``."""
+        ...
+
+
+@dataclass
+class Seen:
+    """A sequence when its prompt has been computed, or while it is decoding.
+
+    ``tokens``: so far, prompt included; ``prompt``: of the prompt. ``entries(layer)`` is all that
+    the sequence holds. ``queries(layer)`` are the last ``Select.window`` rotated queries (fewer if
+    the sequence is shorter) ``[w, heads, head_dim]``. ``mass(layer)`` is, for a `Select` with
+    ``mass``, the attention that each entry has received so far, summed over queries and the query
+    heads of its group: float32 ``[kv_heads, n]``. ``state`` is the method's own, kept with the
+    sequence.
+    """
+
+    facts: Facts
+    prompt: int
+    tokens: int
+    entries: Callable[[int], Entries]
+    queries: Callable[[int], Tensor]
+    mass: Callable[[int], Tensor]
+    state: dict[str, Any] = field(default_factory=dict)
+
+
+class Select(Protocol):
+    """Which entries a sequence keeps.
+
+    ``window``: how many of the prompt's last queries the method looks at. ``mass``: whether it
+    needs the attention that entries have received. ``every``: after how many new tokens it selects
+    again while decoding; None: never.
+    """
+
+    @property
+    def window(self) -> int:
+        """Last queries of the prompt that `select` looks at."""
+        ...
+
+    @property
+    def mass(self) -> bool:
+        """Whether it needs the attention that entries have received."""
+        ...
+
+    @property
+    def every(self) -> int | None:
+        """New tokens after which it selects again."""
+        ...
+
+    def select(self, seen: Seen) -> list[list[Tensor]] | list[Entries] | None:
+        """For each layer, either what to keep, or what to hold instead; None: leave all.
+
+        What to keep are ascending indices into the layer's entries, int64, for each KV head. What
+        to hold instead are new (merged) entries; the tokens' accumulated mass is then forgotten.
+        """
+        ...
+
+
+@dataclass
+class Reader:
+    """One row that fetches: the token id that it computes, and the method's own state."""
+
+    token: int
+    state: dict[str, Any]
+
+
+class Index(Protocol):
+    """What a `Fetch` keeps beside the complete entries of a node, for all who read it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in RAM."""
+        ...
+
+    def choose(
+        self, layer: int, q: Tensor, readers: Sequence[Reader]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Which entries the rows ``q`` ``[rows, heads, head_dim]`` (rotated, unscaled) read.
+
+        Returns int64 ``[rows, kv_heads, k]`` and, where some rows or heads read fewer than k, a
+        bool mask of the same shape that is True for what is read.
+        """
+        ...
+
+
+class Fetch(Protocol):
+    """Which entries a query reads while decoding. Prefill reads everything."""
+
+    def index(
+        self, facts: Facts, layers: Callable[[int], Entries], tokens: NDArray[np.int32]
+    ) -> Index | None:
+        """Look at a node's complete entries, layer by layer; None: too few to be worth it."""
+        ...
+
+
+class Sparse(Protocol):
+    """Attention of a prompt's chunk that reads only a part of the keys before it."""
+
+    def attend(self, facts: Facts, layer: int, q: Tensor, entries: Entries, start: int) -> Tensor:
+        """``q`` ``[n, heads, head_dim]`` at positions from ``start`` -> the same shape, float32.
+
+        ``entries``: everything on the path, the chunk itself included, in order.
+        """
+        ...
+
+
+class Shorten(Protocol):
+    """Choose a prompt's tokens before it is computed."""
+
+    @property
+    def layers(self) -> int:
+        """How many of the model's first layers it runs on the whole prompt."""
+        ...
+
+    def shorten(self, q: Tensor, keys: Tensor) -> NDArray[np.int64] | None:
+        """Ascending places of the tokens to keep; None: all.
+
+        ``q`` ``[heads, head_dim]``: the last token's rotated query in the last of ``layers``;
+        ``keys`` ``[kv_heads, tokens, head_dim]``: that layer's rotated keys.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A composition: at most one method an axis, and what to do before and in prefill."""
+
+    name: str = "none"
+    select: Select | None = None
+    store: Store | None = None
+    fetch: Fetch | None = None
+    sparse: Sparse | None = None
+    shorten: Shorten | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether it changes nothing."""
+        return self == replace(Recipe(), name=self.name)

@@ -1,0 +1,1 @@
+"""Which entries a sequence keeps: one file a method; see `quire.kv.method.Select`."""

@@ -1,0 +1,1 @@
+"""How entries are represented: one file a method; see `quire.kv.method.Store`."""

@@ -1,0 +1,223 @@
+"""KV recipes in the engine: what must hold for every method, on a mock model."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_engine import PAGE_BYTES, pages_needed, random_requests, run, tokens
+from torch import Tensor
+
+from quire.decode.params import SamplingParams
+from quire.engine.engine import Engine
+from quire.engine.request import EngineRequest, EngineResult
+from quire.errors import InvalidRequestError
+from quire.kv.method import Entries, Facts, Plain, Reader, Recipe, Seen
+from quire.kv.recipes import parse
+from quire.schedule.policies import POLICIES
+from toy import ByteTokenizer, MockModel
+
+
+@dataclass(frozen=True)
+class KeepAll:
+    """Stores entries as they are."""
+
+    block: int = 16
+    recent: int = 0
+
+    def pack(self, facts: Facts, layers: Sequence[Entries]) -> Plain:
+        assert len(layers) == facts.layers
+        assert all(len(entries) % self.block == 0 for entries in layers)
+        return Plain(tuple(layers))
+
+
+@dataclass(frozen=True)
+class SelectAll:
+    """Takes every entry, as a view of its own; ``merged``: as entries with a bias of zero."""
+
+    every: int | None = None
+    merged: bool = False
+    window: int = 3
+    mass: bool = True
+
+    def select(self, seen: Seen) -> list[list[Tensor]] | list[Entries]:
+        layers = range(seen.facts.layers)
+        for layer in layers:
+            entries = seen.entries(layer)
+            assert len(entries) == seen.tokens
+            assert entries.positions.tolist() == [list(range(seen.tokens))] * len(entries.keys)
+            assert len(seen.queries(layer)) == min(3, seen.prompt)
+            received = seen.mass(layer).sum(-1)
+            rows = seen.tokens if not self.merged else seen.prompt
+            assert received.sum().item() == pytest.approx(rows * seen.facts.heads, rel=1e-4)
+        if self.merged:
+            return [
+                replace(e, bias=torch.zeros(e.positions.shape))
+                for e in (seen.entries(layer) for layer in layers)
+            ]
+        every = torch.arange(seen.tokens)
+        return [[every] * seen.facts.kv_heads for _ in layers]
+
+
+@dataclass(frozen=True)
+class FetchAll:
+    """Chooses every entry, in a strange order."""
+
+    def index(self, facts: Facts, layers: Any, tokens: Any) -> FetchAll.All:
+        return self.All(len(layers(facts.layers - 1)), facts.kv_heads)
+
+    @dataclass(frozen=True)
+    class All:
+        entries: int
+        kv_heads: int
+        nbytes: ClassVar[int] = 0
+
+        def choose(
+            self, layer: int, q: Tensor, readers: Sequence[Reader]
+        ) -> tuple[Tensor, Tensor | None]:
+            assert len(readers) == len(q)
+            places = torch.arange(self.entries + 2).flip(0).clamp(max=self.entries - 1)
+            mask = torch.arange(self.entries + 2).flip(0) < self.entries
+            shape = (len(q), self.kv_heads, -1)
+            return places.expand(shape), mask.expand(shape)
+
+
+EXACT = {
+    "store": Recipe(store=KeepAll()),
+    "store, the newest kept": Recipe(store=KeepAll(32, 16)),
+    "select": Recipe(select=SelectAll()),
+    "select while decoding": Recipe(select=SelectAll(every=4)),
+    "merge": Recipe(select=SelectAll(merged=True, mass=False)),
+    "fetch": Recipe(fetch=FetchAll()),
+    "store and fetch": Recipe(store=KeepAll(), fetch=FetchAll()),
+    "select and store": Recipe(select=SelectAll(), store=KeepAll()),
+}
+
+
+def run_recipe(
+    requests: list[EngineRequest], recipe: Recipe, **options: Any
+) -> tuple[dict[int, EngineResult], Engine]:
+    return run(requests, recipe=recipe, **options)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    name=st.sampled_from(list(EXACT)),
+    seed=st.integers(0, 10**6),
+    policy=st.sampled_from(["batch", "fcfs"]),
+    extra=st.sampled_from([0, 1, 3, 50]),
+    chunk=st.sampled_from([1, 3, 16, 64, 512]),
+    windows=st.sampled_from([None, 2]),
+    plain=st.booleans(),
+)
+def test_methods_that_lose_nothing_change_nothing(
+    name: str, seed: int, policy: str, extra: int, chunk: int, windows: int | None, plain: bool
+) -> None:
+    requests = random_requests(seed)
+    pages = max(pages_needed(r) for r in requests) + extra
+    wanted, _ = run(requests)
+    found, _ = run_recipe(
+        requests,
+        EXACT[name],
+        policy=policy,
+        pages=pages,
+        chunk=chunk,
+        windows=windows,
+        plain=plain,
+    )
+    assert tokens(found) == tokens(wanted)
+
+
+@pytest.mark.parametrize("text", ["streaming(sinks=2,recent=14)", "snapkv(budget=24,window=8)"])
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), chunk=st.sampled_from([7, 64, 512]))
+def test_selections_do_not_depend_on_memory_or_company(text: str, seed: int, chunk: int) -> None:
+    requests = random_requests(seed)
+    recipe = parse(text)
+    wanted = {}
+    for request in requests:
+        wanted.update(run_recipe([request], recipe)[0])
+    pages = max(pages_needed(r) for r in requests) + 2
+    found, _ = run_recipe(requests, recipe, pages=pages, chunk=chunk)
+    assert tokens(found) == tokens(wanted)
+
+
+def long_request(index: int, prompt: int, output: int, seed: int = 0) -> EngineRequest:
+    rng = random.Random(seed)
+    ids = np.array([rng.randrange(1, 256) for _ in range(prompt)], dtype=np.int32)
+    params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)
+    return EngineRequest(index, ids, params, index)
+
+
+@pytest.mark.parametrize(
+    ("text", "most"),
+    [("snapkv(budget=64,window=8)", 64 + 16), ("streaming(sinks=4,recent=60)", 64 + 32)],
+)
+def test_a_selection_frees_memory(text: str, most: int) -> None:
+    engine = Engine(
+        MockModel(),  # type: ignore[arg-type]
+        ByteTokenizer(),  # type: ignore[arg-type]
+        policy=POLICIES["batch"],
+        kv_bytes=100 * PAGE_BYTES,
+        chunk=64,
+        recipe=parse(text),
+    )
+    engine.add([long_request(0, 400, 15)])
+    used = []
+    while engine.unfinished:
+        engine.step()
+        if engine.world.state.running:
+            used.append(engine.world.pool.used_pages)
+    assert max(used) >= 25  # all of the prompt, once
+    assert used[-1] <= -(-most // 16) + 1
+
+
+def test_shared_nodes_are_packed_once() -> None:
+    packed: list[int] = []
+
+    @dataclass(frozen=True)
+    class Counting(KeepAll):
+        def pack(self, facts: Facts, layers: Sequence[Entries]) -> Plain:
+            packed.append(len(layers[0]))
+            return super().pack(facts, layers)
+
+    shared = long_request(0, 160, 4)
+    requests = [
+        EngineRequest(i, np.append(shared.prompt, [i + 1] * 32).astype(np.int32), shared.params, i)
+        for i in range(3)
+    ]
+    run_recipe(requests, Recipe(store=Counting()))
+    assert sorted(packed) == [32, 32, 32, 160]
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("kivy(bits=2)", "kivi"),
+        ("kivi(bit=2)", "bits"),
+        ("kivi(bits=two)", "int"),
+        ("kivi+kivi", "store"),
+        ("snapkv+streaming", "select"),
+        ("streaming+landmarks", "stale"),
+        ("snapkv(", "snapkv"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(text: str, word: str) -> None:
+    with pytest.raises(InvalidRequestError, match=word):
+        parse(text)
+
+
+def test_composition() -> None:
+    recipe = parse(" snapkv(budget=1024, pool=avg) + kivi(bits=4)+landmarks ")
+    assert recipe.select is not None
+    assert recipe.store is not None
+    assert recipe.fetch is not None
+    assert parse("none").plain
+    assert parse("").plain

@@ -252,7 +252,9 @@ class Keeper:
     def _again(self, seq: Seq) -> None:
         select = self.recipe.select
         segment = seq.leaf.segment
-        assert select is not None and select.every is not None and segment is not None
+        assert select is not None
+        assert select.every is not None
+        assert segment is not None
         notes = self.notes(segment)
         tokens = len(seq.prompt) + seq.tail.length
         if tokens - notes.selected < select.every:

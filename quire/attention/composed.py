@@ -109,7 +109,7 @@ def held(arena: Arena | TiledArena, segment: Segment, start: int, layer: int) ->
     k, v = arena.read(layer, slots)  # [kv_heads, entries, head_dim]
     end = start + segment.length
     if segment.places is not None:
-        positions = torch.from_numpy(segment.places[layer, :, at:]).to(k.device)
+        positions = torch.from_numpy(segment.places[layer, :, at:]).long().to(k.device)
     else:
         positions = torch.arange(end - segment.entries, end, device=k.device).expand(k.shape[:2])
     parts.append(_counted(Entries(k, v, positions), segment, layer, at))

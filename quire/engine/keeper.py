@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 import torch
@@ -34,7 +34,8 @@ class Notes:
     """What is remembered of a segment's rows. Lists have one tensor a layer.
 
     ``queries``: the last rotated ones ``[w, heads, head_dim]``; ``mass``: attention that its rows
-    gave to every entry before them, ``[kv_heads, entries]``.
+    gave to every entry before them, ``[kv_heads, entries]``. Of a sequence's view, both are of its
+    tail as well.
     """
 
     queries: list[Tensor] = field(default_factory=list)
@@ -62,6 +63,7 @@ class Keeper:
         self.world = world
         self.page_bytes = page_bytes
         self._notes: WeakKeyDictionary[Segment, Notes] = WeakKeyDictionary()
+        self._settled: WeakSet[Seq] = WeakSet()  # need no view, since all of the prompt is kept
 
     def notes(self, segment: Segment) -> Notes:
         """What is remembered of ``segment``."""
@@ -87,20 +89,21 @@ class Keeper:
                 out[rows] = sparse.attend(self.facts, layer, q[rows], entries, start).to(out.dtype)
             if select is None:
                 continue
-            notes = self.notes(work.item.segment)
-            if select.window and work.node is not None:
+            decoding = work.node is None
+            if decoding and select.every is None:
+                continue  # it never selects again
+            segment = work.sequence.leaf.segment if decoding else work.item.segment
+            assert segment is not None
+            notes = self.notes(segment)
+            if select.window:
                 known = notes.queries[layer] if layer < len(notes.queries) else q[:0]
                 _put(notes.queries, layer, torch.cat([known, q[rows]])[-select.window :].clone())
             if select.mass:
-                self._add_mass(work, layer, q[rows], positions[rows])
+                self._add_mass(notes, work.item, layer, q[rows], positions[rows])
 
-    def _add_mass(self, work: Work, layer: int, q: Tensor, positions: Tensor) -> None:
-        """Add the attention that a work's rows give to each entry of its path."""
-        entries = self.path_entries(work.item, layer)
-        viewed = work.node is None and work.sequence.leaf.id in self.world.views
-        owner = work.sequence.leaf.segment if viewed else work.item.segment
-        assert owner is not None
-        notes = self.notes(owner)
+    def _add_mass(self, notes: Notes, item: Item, layer: int, q: Tensor, positions: Tensor) -> None:
+        """Add the attention that an item's rows give to each entry of its path."""
+        entries = self.path_entries(item, layer)
         total = torch.zeros(entries.positions.shape)
         if layer < len(notes.mass):
             total[:, : notes.mass[layer].shape[1]] = notes.mass[layer]
@@ -167,7 +170,8 @@ class Keeper:
         with torch.inference_mode():
             if self.recipe.select is not None:
                 for seq in list(self.world.state.running):
-                    if not seq.leaf.missing and seq.leaf.id not in self.world.views:
+                    viewed = seq.leaf.id in self.world.views or seq in self._settled
+                    if not viewed and not seq.leaf.missing:
                         self._view(seq)
                 if self.recipe.select.every is not None:
                     for work in works:
@@ -240,14 +244,17 @@ class Keeper:
         seen = self._seen(seq)
         found = select.select(seen)
         if found is None and select.every is None:
+            self._settled.add(seq)
             return
         held_now, mass = _apply(seen, found, select.mass)
-        segment = self.world.view(seq, self._room(held_now))
+        notes = Notes(mass=mass, state=seen.state, selected=seen.tokens)
+        if select.window and select.every is not None:
+            notes.queries = [seen.queries(layer) for layer in range(self.facts.layers)]
+        segment = self.world.view(seq, max(len(entries) for entries in held_now))
         if segment is None:
             return  # no room: the sequence starts again, alone
         self._fill(segment, held_now)
-        notes = self.notes(segment)
-        notes.mass, notes.state, notes.selected = mass, seen.state, seen.tokens
+        self._notes[segment] = notes
 
     def _again(self, seq: Seq) -> None:
         select = self.recipe.select
@@ -265,24 +272,14 @@ class Keeper:
         if found is None:
             return
         held_now, mass = _apply(seen, found, select.mass)
-        self.world.refill(seq, self._room(held_now))
+        self.world.refill(seq, max(len(entries) for entries in held_now))
         self._fill(segment, held_now)
         notes.mass = mass
-
-    def _room(self, layers: list[Entries]) -> int:
-        """Slots that a view of ``layers`` needs, those that pay for biases included."""
-        longest = max(len(entries) for entries in layers)
-        if all(entries.bias is None for entries in layers):
-            return longest
-        slot = self.page_bytes // self.world.pool.page_tokens
-        more = longest * self.facts.layers * self.facts.kv_heads * Plain.EXTRA
-        page = self.world.pool.page_tokens
-        return -(-(longest + -(-more // slot)) // page) * page
 
     def _fill(self, segment: Segment, layers: list[Entries]) -> None:
         """Write entries, as many as each layer and head has, into an empty segment's slots."""
         kept = np.zeros((self.facts.layers, self.facts.kv_heads), dtype=np.int64)
-        places = np.zeros((*kept.shape, segment.entries), dtype=np.int64)
+        places = np.zeros((*kept.shape, segment.entries), dtype=np.int32)
         for layer, entries in enumerate(layers):
             slots = torch.from_numpy(segment.slots[: len(entries)])
             dtype = self.facts.dtype
@@ -300,10 +297,9 @@ class Keeper:
     def _fill_biased(self, segment: Segment, layers: list[Entries]) -> None:
         """Hold entries that have a bias, for which the arena has no place, as they are."""
         plain = Plain(tuple(entries.widened(segment.entries) for entries in layers))
-        pages = -(-plain.nbytes // self.page_bytes)
-        freed = self.world.pool.store(segment, segment.entries, plain, pages)
-        assert freed is not None, "a view of biased entries is given pages for the biases"
-        self.arena.forget(freed)
+        pool = self.world.pool
+        freed = pool.store(segment, segment.entries, plain, len(pool.pages_of(segment)))
+        self.arena.forget(freed or ())
 
 
 def _apply(
@@ -315,7 +311,8 @@ def _apply(
         return [seen.entries(i) for i in layers], [seen.mass(i) for i in layers] if mass else []
     held_now: list[Entries] = []
     masses: list[Tensor] = []
-    for layer, choice in enumerate(found):
+    for layer in layers:
+        choice: Entries | list[Tensor] = found[layer]
         if isinstance(choice, Entries):
             held_now.append(choice)
             continue

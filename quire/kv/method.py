@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -192,16 +192,13 @@ class Stored(Protocol):
 class Plain:
     """Entries as they are: of all layers, as many in each."""
 
-    EXTRA: ClassVar[int] = 12  # bytes of an entry's bias and position, beside key and value
-
     layers: tuple[Entries, ...]
 
     @property
     def nbytes(self) -> int:
         """Bytes held in RAM."""
-        return sum(
-            e.keys.nbytes + e.values.nbytes + self.EXTRA * e.positions.numel() for e in self.layers
-        )
+        tensors = [t for e in self.layers for t in (e.keys, e.values, e.positions, e.bias)]
+        return sum(t.nbytes for t in tensors if t is not None)
 
     def read(self, layer: int, index: Tensor | None = None) -> Entries:
         """All entries of a layer, or those of ``index``; see `Stored.read`."""
@@ -247,8 +244,8 @@ class Seen:
     """A sequence when its prompt has been computed, or while it is decoding.
 
     ``tokens``: so far, prompt included; ``prompt``: of the prompt. ``entries(layer)`` is all that
-    the sequence holds. ``queries(layer)`` are the last ``Select.window`` rotated queries (fewer if
-    the sequence is shorter) ``[w, heads, head_dim]``. ``mass(layer)`` is, for a `Select` with
+    the sequence holds. ``queries(layer)`` are its last ``Select.window`` rotated queries (fewer if
+    it is shorter) ``[w, heads, head_dim]``. ``mass(layer)`` is, for a `Select` with
     ``mass``, the attention that each entry has received so far, summed over queries and the query
     heads of its group: float32 ``[kv_heads, n]``. ``state`` is the method's own, kept with the
     sequence.
@@ -266,14 +263,14 @@ class Seen:
 class Select(Protocol):
     """Which entries a sequence keeps.
 
-    ``window``: how many of the prompt's last queries the method looks at. ``mass``: whether it
+    ``window``: how many of the last queries the method looks at. ``mass``: whether it
     needs the attention that entries have received. ``every``: after how many new tokens it selects
     again while decoding; None: never.
     """
 
     @property
     def window(self) -> int:
-        """Last queries of the prompt that `select` looks at."""
+        """Last queries that `select` looks at."""
         ...
 
     @property

@@ -47,7 +47,7 @@ class Segment:
     a method has dropped or merged tokens: there are then fewer entries than tokens. ``kept``
     holds the number of leading entries, stored ones included, that are valid for each layer and KV
     head, int64 ``[layers, kv_heads]``; None means all of them for every head. ``places`` holds
-    their positions, int64 ``[layers, kv_heads, entries]``; None means the last ``entries`` tokens'.
+    their positions, int32 ``[layers, kv_heads, entries]``; None means the last ``entries`` tokens'.
     """
 
     extents: list[Extent] = field(default_factory=list)
@@ -56,7 +56,7 @@ class Segment:
     entries: int = 0
     stored: list[Span] = field(default_factory=list)
     kept: NDArray[np.int64] | None = None
-    places: NDArray[np.int64] | None = None
+    places: NDArray[np.int32] | None = None
 
     @property
     def room(self) -> int:

@@ -14,7 +14,7 @@ from quire.kv.pages import PagePool, Segment
     pages=st.integers(0, 24),
     size=st.integers(1, 5),
     moves=st.lists(
-        st.tuples(st.sampled_from("agrck"), st.integers(0, 9), st.integers(0, 17)), max_size=60
+        st.tuples(st.sampled_from("agrcks"), st.integers(0, 9), st.integers(0, 17)), max_size=60
     ),
 )
 def test_no_page_leaks_or_is_shared_wrongly(
@@ -26,7 +26,7 @@ def test_no_page_leaks_or_is_shared_wrongly(
         segment = live[which % len(live)] if live else None
         if move == "a" or segment is None:
             live.append(Segment())
-        elif move == "g" and segment.kept is None:
+        elif move == "g" and segment.length == segment.packed + segment.entries:
             need = pool.pages_for(segment, amount)
             before = segment.length
             if need > pool.free_pages:
@@ -40,19 +40,29 @@ def test_no_page_leaks_or_is_shared_wrongly(
         elif move == "r":
             pool.release(segment)
             live.remove(segment)
-        elif move == "c" and 0 < amount < segment.length:
-            slots = segment.slots[: segment.length].tolist()
+        elif move == "c" and 0 < amount < segment.length == segment.packed + segment.entries:
+            slots = segment.slots[: segment.entries].tolist()
+            stored = segment.packed
             head = pool.cut(segment, amount)
             live.append(head)
-            assert head.slots.tolist() + segment.slots[: segment.length].tolist() == slots
-        elif move == "k" and segment.length:
-            kept = np.full((2, 2), min(amount, segment.length))
+            assert head.slots.tolist() + segment.slots[: segment.entries].tolist() == slots
+            assert head.length == head.packed + head.entries == amount
+            assert head.packed + segment.packed == stored
+        elif move == "k" and segment.entries and not segment.stored:
+            kept = np.full((2, 2), min(amount, segment.entries))
             kept[0, 0] = 1
             pool.keep(segment, kept)
-            assert segment.length == max(1, kept.max())
+            assert segment.entries == max(1, kept.max())
+        elif move == "s" and 0 < amount <= segment.entries:
+            cost, used = amount // (2 * size), pool.used_pages
+            left = segment.slots[amount : segment.entries].tolist()
+            freed = pool.store(segment, amount, "packed", cost)
+            if freed is not None:
+                assert segment.slots[: segment.entries].tolist() == left
+                assert pool.used_pages == used - (len(freed) - cost)
         pool.check(live)
         assert pool.used_pages <= pages
-        held = [s for segment in live for s in segment.slots[: segment.length].tolist()]
+        held = [s for segment in live for s in segment.slots[: segment.entries].tolist()]
         assert len(held) == len(set(held))
 
 

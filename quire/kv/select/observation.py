@@ -39,7 +39,9 @@ class ObservationWindow:
             scores = observe(seen.facts, queries, seen.entries(layer))[:, : size - len(queries)]
             smooth = max_pool1d if self.pool == "max" else avg_pool1d
             scores = smooth(scores[None], self.kernel, stride=1, padding=self.kernel // 2)[0]
-            best = scores.topk(max(0, self.budget - len(queries)), dim=-1).indices
+            # Pooling makes ties: the earlier entry wins, whatever the library's order.
+            ranked = scores.sort(dim=-1, descending=True, stable=True).indices
+            best = ranked[:, : max(0, self.budget - len(queries))]
             last = torch.arange(size - len(queries), size)
             chosen.append([torch.cat([head.sort().values, last]) for head in best])
         return chosen

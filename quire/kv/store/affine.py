@@ -56,7 +56,7 @@ class Codes:
     def read(self) -> Tensor:
         """The numbers again, float32."""
         axis = 1 if self.along_tokens else 2
-        codes = _unpack(self.codes, self.bits).unflatten(axis, (-1, self.group))
+        codes: Tensor = _unpack(self.codes, self.bits).unflatten(axis, (-1, self.group))
         scale, low = (x.float().unsqueeze(axis + 1) for x in (self.scale, self.low))
         return (codes * scale + low).flatten(axis, axis + 1)
 

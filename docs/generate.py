@@ -13,6 +13,7 @@ from typing import get_args, get_type_hints
 from quire.cli.bench import bench
 from quire.cli.convert import convert
 from quire.cli.run import run
+from quire.kv.recipes import METHODS
 from quire.models.registry import SUPPORTED
 
 DOCS = Path(__file__).parent
@@ -52,9 +53,26 @@ def architectures() -> str:
     return "\n".join(rows)
 
 
+def kv_methods() -> str:
+    """The KV methods by name: axis, options with their defaults, file."""
+    rows = ["| name | axis | what | options |", "|---|---|---|---|"]
+    for name, make in METHODS.items():
+        what = (inspect.getdoc(make) or "").split("\n\n")[0].replace("\n", " ")
+        options = ", ".join(
+            f"`{option.name}={option.default}`"
+            for option in inspect.signature(make).parameters.values()
+        )
+        file = make.__module__.removeprefix("quire.kv.").replace(".", "/")
+        axis = getattr(make, "axis", "several")
+        link = f"[`{name}`](../quire/kv/{file}.py)"
+        rows.append(f"| {link} | {axis} | {what} | {options} |")
+    return "\n".join(rows)
+
+
 PARTS = {
     "run.md": {"flags run": lambda: flags(run)},
     "benchmarks.md": {"flags bench": lambda: flags(bench)},
+    "kv.md": {"kv methods": kv_methods},
     "models.md": {"architectures": architectures, "flags convert": lambda: flags(convert)},
 }
 

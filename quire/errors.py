@@ -11,6 +11,7 @@
     │   ├── InvalidRequestError      a field has a wrong type or value
     │   └── PromptTooLongError       the prompt leaves no room in the context or the KV pool
     ├── InputFileError          the input as a whole cannot be used
+    ├── JournalError            a job cannot go on: its record is damaged, in use, of other settings
     └── EngineStallError        the engine made no progress; carries a dump of its state
 """
 
@@ -76,6 +77,10 @@ class PromptTooLongError(RequestError):
 
 class InputFileError(QuireError):
     """The input as a whole cannot be used."""
+
+
+class JournalError(QuireError):
+    """A job cannot go on: its record is damaged, in use, full, or of other settings or input."""
 
 
 class EngineStallError(QuireError):

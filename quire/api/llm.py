@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import gc
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from quire.api.outputs import CompletionOutput, RequestOutput, Stats
 from quire.api.setup import DTYPES, Prompt, Setup
 from quire.decode.params import SamplingParams
+from quire.decode.rng import row_seed
 from quire.engine.engine import Engine
 from quire.engine.request import EngineRequest, EngineResult
 from quire.engine.watchdog import Watchdog
@@ -105,6 +105,7 @@ class LLM:
         if on_budget is not None:
             on_budget(self.setup.budget.table())
         self.model = str(model)
+        self.policy = policy
         self.tokenizer = self.setup.tokenizer
         self.window = window
         self.seed = seed
@@ -216,7 +217,7 @@ class LLM:
         requests: Iterable[tuple[Prompt, SamplingParams]],
         *,
         on_step: Callable[[Stats], None] | None = None,
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput, None, None]:
         """Yield each request's output as it finishes; ``request_id`` is its place in the input.
 
         ``requests`` is read window by window, one ahead, so that it may be longer than memory;
@@ -299,10 +300,7 @@ class LLM:
         for word in params.bad_words:  # a word continues a text with or without a space before it
             for text in (word, f" {word}"):
                 bad_words.append(tuple(self.tokenizer.encode(text, special=False)))
-        seed = params.seed
-        if seed is None:
-            digest = hashlib.blake2b(f"{self.seed}/{index}".encode(), digest_size=7)
-            seed = int.from_bytes(digest.digest(), "big")
+        seed = params.seed if params.seed is not None else row_seed(self.seed, index)
         prompt = np.array(ids, dtype=np.int32)
         return EngineRequest(self._next_id, prompt, params, seed, tuple(bad_words))
 

@@ -49,19 +49,19 @@ class Stats:
     ``plan_seconds`` is the planner's and scheduler's share.
     """
 
-    steps: int
-    running: int
-    waiting: int
-    prompt_tokens: int
-    computed_tokens: int
-    recomputed_tokens: int
-    output_tokens: int
-    preemptions: int
-    plan_seconds: float
-    model_seconds: float
-    sample_seconds: float
-    kv_bytes: int
-    peak_kv_bytes: int
+    steps: int = 0
+    running: int = 0
+    waiting: int = 0
+    prompt_tokens: int = 0
+    computed_tokens: int = 0
+    recomputed_tokens: int = 0
+    output_tokens: int = 0
+    preemptions: int = 0
+    plan_seconds: float = 0.0
+    model_seconds: float = 0.0
+    sample_seconds: float = 0.0
+    kv_bytes: int = 0
+    peak_kv_bytes: int = 0
 
     @property
     def saved_tokens(self) -> int:

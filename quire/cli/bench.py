@@ -18,7 +18,7 @@ from quire.bench.limit import measure_machine
 from quire.bench.shapes import SHAPES, make_checkpoint
 from quire.bench.workloads import WORKLOADS, make_workload
 from quire.engine.budget import format_bytes
-from quire.jobs.run import peak_rss
+from quire.jobs.summary import peak_rss
 from quire.kernels import native
 from quire.weights.quantise import parse
 

@@ -7,6 +7,7 @@ import typer
 from quire.cli.bench import bench
 from quire.cli.convert import convert
 from quire.cli.info import info
+from quire.cli.jobs import app as jobs
 from quire.cli.run import run
 
 app = typer.Typer(
@@ -20,3 +21,4 @@ app.command()(run)
 app.command()(bench)
 app.command()(convert)
 app.command()(info)
+app.add_typer(jobs, name="jobs")

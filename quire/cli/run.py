@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-import time
+from dataclasses import replace
 from enum import StrEnum
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from quire.api.llm import LLM
-from quire.api.setup import Setup
+from quire.api.setup import Setup, model_folder
 from quire.decode.params import SamplingParams
 from quire.errors import QuireError
 from quire.jobs.dry_run import dry_run
+from quire.jobs.job import Job
 from quire.jobs.progress import default_view
-from quire.jobs.run import Job, job_rows, run_job, write_stats
+from quire.jobs.run import make_parser, run_job
+from quire.jobs.settings import job_settings
+from quire.jobs.summary import write_stats
+from quire.models.loader import load_spec, stored_dtype
 
 
 class Policy(StrEnum):
@@ -112,7 +118,16 @@ def run(
         bool, typer.Option("--dry-run", help="Plan only: rows, tokens, savings, time.")
     ] = False,
     stats: Annotated[Path | None, typer.Option(help="Write the summary as JSON.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace an existing output file.")] = False,
+    journal: Annotated[
+        Path | None,
+        typer.Option(help="What is finished, for going on. Default: OUTPUT.journal."),
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over: delete the job's journal and output first.")
+    ] = False,
+    dedupe: Annotated[
+        bool, typer.Option(help="Compute equal rows once, where their answers must be equal.")
+    ] = True,
     deterministic: Annotated[
         bool, typer.Option(help="A row's tokens do not depend on the rows beside it (slower).")
     ] = False,
@@ -120,10 +135,11 @@ def run(
         bool, typer.Option(help="PyTorch alone and the reference attention (slow).")
     ] = False,
 ) -> None:
-    """Run every row of INPUT through a model.
+    """Run every row of INPUT through a model. The same command goes on where a run was cut short.
 
     Exit status: 0 all rows fine, 1 some rows failed, 2 nothing could be run, 130 interrupted.
     """
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         params = SamplingParams(
             temperature=temperature,
@@ -133,8 +149,6 @@ def run(
             max_tokens=max_tokens,
             stop=tuple(stop or ()),
         )
-        job = Job(source, output, params, template, order.value, limit, overwrite)
-        started = time.perf_counter()
         options: dict[str, Any] = {
             "dtype": dtype.value if dtype else None,
             "weights": weights,
@@ -144,35 +158,77 @@ def run(
             "context": context,
             "device": device,
         }
+        job = Job(
+            source=source,
+            output=output,
+            params=params,
+            model=model,
+            template=template,
+            order=order.value,
+            limit=limit,
+            seed=seed,
+            dedupe=dedupe,
+            journal=journal,
+            fresh=fresh,
+            command=tuple(word for word in sys.argv[1:] if word != "--fresh"),
+        )
         if dry:
             setup = Setup.make(model, **options)
             _say(f"Memory\n{setup.budget.table()}")
-            _say(dry_run(setup, job_rows(job, model, _say)).text())
+            parser = make_parser(job, _say)
+            rows = (parser.read(record) for record in islice(job.records(), limit))
+            _say(dry_run(setup, rows).text())
             return
-        with LLM(
-            model,
-            **options,
+        folder = model_folder(model)
+        settings = job_settings(
+            folder,
+            params,
+            template,
+            dtype=dtype.value if dtype else str(stored_dtype(folder)).removeprefix("torch."),
+            weights=weights,
             kv=kv,
-            policy=policy.value,
-            threads=threads,
-            window=window,
-            seed=seed,
+            context=load_spec(folder, context=context).context,
+            device=device,
             on_overlong=on_overlong.value,
             deterministic=deterministic,
             plain=plain,
-            on_budget=lambda table: _say(f"Memory\n{table}"),
-        ) as llm:
-            loaded = time.perf_counter() - started
-            summary = run_job(job, llm, load_seconds=loaded, view=default_view(), warn=_say)
+            seed=seed,
+        )
+        summary = run_job(
+            replace(job, settings=settings),
+            lambda: LLM(
+                model,
+                **options,
+                kv=kv,
+                policy=policy.value,
+                threads=threads,
+                window=window,
+                seed=seed,
+                on_overlong=on_overlong.value,
+                deterministic=deterministic,
+                plain=plain,
+                on_budget=lambda table: _say(f"Memory\n{table}"),
+            ),
+            view=default_view(),
+            say=_say,
+        )
         _say(summary.text())
         if stats is not None:
             write_stats(summary, stats)
     except QuireError as error:
         _say(f"quire: {error}")
         raise typer.Exit(2) from error
-    if summary.interrupted:
+    except KeyboardInterrupt as error:  # before there was anything to run, or a second one
+        _say("Interrupted")
+        raise typer.Exit(130) from error
+    if summary.state != "done":
         raise typer.Exit(130)
-    if summary.rows_ok + summary.rows_failed == 0:
+    if summary.rows == 0:
         _say(f"quire: {source} has no rows.")
     if summary.rows_failed:
         raise typer.Exit(1)
+
+
+def _interrupt(*_: object) -> None:
+    """A request to end (SIGTERM) ends a run as Ctrl-C does."""
+    raise KeyboardInterrupt

@@ -1,9 +1,8 @@
-"""Output lines in the format of the OpenAI Batch API, in input order or as they finish."""
+"""Output lines in the format of the OpenAI Batch API."""
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,16 +12,17 @@ from quire.errors import RequestError
 from quire.jobs.rows import BadRow, Row
 
 
-def error_line(line: int, custom_id: str | None, error: RequestError) -> dict[str, Any]:
+def error_line(row: Row | BadRow, error: RequestError) -> dict[str, Any]:
     """The output line of a row that failed."""
     return {
-        "id": f"line-{line}",
-        "custom_id": custom_id,
+        "id": row.name,
+        "custom_id": row.custom_id,
         "response": None,
         "error": {
             "code": type(error).__name__,
             "message": str(error),
-            "line": line,
+            "file": row.file,
+            "line": row.line,
             "field": error.field,
         },
     }
@@ -33,20 +33,24 @@ def result_line(
     output: RequestOutput | None,
     model: str,
     token_text: Callable[[int], str],
+    created: int,
 ) -> dict[str, Any]:
-    """The output line of a row. ``output`` is None for a bad row."""
+    """The output line of a row. ``output`` is None for a bad row.
+
+    ``created``: seconds since 1970, one value for a job, so that its lines do not depend on runs.
+    """
     if isinstance(row, BadRow):
-        return error_line(row.line, row.custom_id, row.error)
+        return error_line(row, row.error)
     assert output is not None
     if output.error is not None:
-        return error_line(row.line, row.custom_id, output.error)
+        return error_line(row, output.error)
     chat = row.kind == "chat"
     completion = sum(len(sample.token_ids) for sample in output.outputs)
     prompt = len(output.prompt_token_ids)
     body: dict[str, Any] = {
-        "id": f"{'chatcmpl' if chat else 'cmpl'}-{row.line}",
+        "id": _body_id(row),
         "object": "chat.completion" if chat else "text_completion",
-        "created": int(time.time()),
+        "created": created,
         "model": model,
         "choices": [_choice(sample, chat, token_text) for sample in output.outputs],
         "usage": {
@@ -59,11 +63,40 @@ def result_line(
     if output.prompt_logprobs is not None:
         body["prompt_logprobs"] = [_entry(e, token_text) for e in output.prompt_logprobs]
     return {
-        "id": f"line-{row.line}",
+        "id": row.name,
         "custom_id": row.custom_id,
-        "response": {"status_code": 200, "request_id": f"line-{row.line}", "body": body},
+        "response": {"status_code": 200, "request_id": row.name, "body": body},
         "error": None,
     }
+
+
+def copied_line(first: str, row: Row) -> dict[str, Any]:
+    """The output line of ``row`` from that of an equal row; all its prompt tokens were cached."""
+    line: dict[str, Any] = json.loads(first)
+    line["id"], line["custom_id"] = row.name, row.custom_id
+    if line["error"] is not None:
+        line["error"] |= {"file": row.file, "line": row.line}
+        return line
+    response = line["response"]
+    response["request_id"] = row.name
+    response["body"]["id"] = _body_id(row)
+    usage = response["body"]["usage"]
+    usage["prompt_tokens_details"]["cached_tokens"] = usage["prompt_tokens"]
+    return line
+
+
+def to_json(line: dict[str, Any]) -> str:
+    """An output line as text that any file can hold: half a surrogate pair is escaped."""
+    text = json.dumps(line, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(line)
+    return text
+
+
+def _body_id(row: Row) -> str:
+    return f"{'chatcmpl' if row.kind == 'chat' else 'cmpl'}-{row.index}"
 
 
 def _choice(
@@ -94,30 +127,3 @@ def _entry(entry: TokenLogprobs, token_text: Callable[[int], str]) -> dict[str, 
         "logprob": entry.logprob,
         "top_logprobs": [{"token": token_text(t), "logprob": v} for t, v in entry.top],
     }
-
-
-class Ordered:
-    """Writes lines as text; in input order, holding back those that are early, or as they come."""
-
-    def __init__(self, write: Callable[[str], object], by_input: bool) -> None:
-        self._write = write
-        self._by_input = by_input
-        self._next = 0
-        self._early: dict[int, str] = {}
-
-    def put(self, index: int, line: dict[str, Any]) -> None:
-        """The line of input row ``index`` (from 0)."""
-        text = json.dumps(line, ensure_ascii=False) + "\n"
-        if not self._by_input:
-            self._write(text)
-            return
-        self._early[index] = text
-        while self._next in self._early:
-            self._write(self._early.pop(self._next))
-            self._next += 1
-
-    def flush_early(self) -> None:
-        """Write what is held back, for a run that ends before its input does."""
-        for index in sorted(self._early):
-            self._write(self._early[index])
-        self._early.clear()

@@ -11,8 +11,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from jinja2 import StrictUndefined, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
 from quire.decode.params import PARAM_NAMES, SamplingParams
-from quire.errors import InvalidRequestError
+from quire.errors import InputFileError, InvalidRequestError
+from quire.jobs.source import Record
 
 Kind = Literal["completion", "chat"]
 URLS: dict[str, Kind] = {"/v1/completions": "completion", "/v1/chat/completions": "chat"}
@@ -32,9 +36,12 @@ _REFUSED = {  # asking for these and not getting them would be a wrong answer
 
 @dataclass(frozen=True)
 class Row:
-    """One request of the input. ``line`` counts from 1."""
+    """One request of the input; index, file, line and name are those of its record."""
 
+    index: int
+    file: str
     line: int
+    name: str
     custom_id: str
     kind: Kind
     prompt: Mapping[str, Any]
@@ -43,48 +50,63 @@ class Row:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A line that cannot be run, with the reason."""
+    """A record that cannot be run, with the reason."""
 
+    index: int
+    file: str
     line: int
+    name: str
     custom_id: str | None
     error: InvalidRequestError
 
 
 class RowParser:
-    """Turns lines into rows.
+    """Turns records into rows.
 
-    ``defaults``: sampling parameters where a line has none. ``models``: names that a line's
-    ``model`` field may have. ``warn`` is called once for each unknown field.
+    ``defaults``: sampling parameters where a row has none. ``models``: names that a row's
+    ``model`` field may have. ``template``: jinja2 over the columns of a table. ``warn`` is called
+    once for each unknown field. Raises InputFileError for a template that cannot be used.
     """
 
     def __init__(
-        self, defaults: SamplingParams, models: frozenset[str], warn: Callable[[str], None]
+        self,
+        defaults: SamplingParams,
+        models: frozenset[str],
+        warn: Callable[[str], None],
+        template: str | None = None,
     ) -> None:
         self._defaults = defaults
         self._models = models
         self._warn = warn
         self._warned: set[str] = set()
-
-    def parse(self, line: int, text: str) -> Row | BadRow:
-        """Line number ``line`` (from 1) of a JSONL file."""
+        environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
         try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            return BadRow(line, None, _invalid(f"This is not JSON: {error}.", None, text[:80]))
-        return self.read(line, record)
+            self._template = environment.from_string(template or "")
+        except TemplateError as error:
+            raise InputFileError(
+                f"The template cannot be used: {error}.", value=template
+            ) from error
 
-    def read(self, line: int, record: object) -> Row | BadRow:
-        """The same for a decoded line."""
+    def read(self, record: Record) -> Row | BadRow:
+        """Decode and check a record. Never raises, whatever the record holds."""
+        place = (record.index, record.file, record.line, record.name)
         custom_id = None
         try:
-            if not isinstance(record, dict):
-                raise _invalid("A line must hold a JSON object.", None, record)
-            custom_id = _custom_id(line, record)
-            kind, body = self._body(record)
-            prompt = _prompt(kind, body)
-            return Row(line, custom_id, kind, prompt, self._params(kind, body))
+            fields = _fields(record)
+            if isinstance(record.raw, dict):
+                fields = self._fill(fields)
+            custom_id = _custom_id(record.name, fields)
+            kind, body = self._body(fields)
+            return Row(*place, custom_id, kind, _prompt(kind, body), self._params(kind, body))
         except InvalidRequestError as error:
-            return BadRow(line, custom_id, error)
+            return BadRow(*place, custom_id, error)
+
+    def _fill(self, columns: dict[str, Any]) -> dict[str, Any]:
+        try:
+            prompt = self._template.render(columns)
+        except (TemplateError, TypeError, ValueError) as error:
+            raise _invalid(f"{error}.", "template", None) from error
+        return {"prompt": prompt, "custom_id": columns.get("custom_id") or None}
 
     def _body(self, record: dict[str, Any]) -> tuple[Kind, dict[str, Any]]:
         if "url" not in record and "body" not in record:
@@ -140,14 +162,14 @@ def _invalid(what: str, field: str | None, value: object, action: str = "") -> I
     return InvalidRequestError(what, field=field, value=value, action=action)
 
 
-def _custom_id(line: int, record: dict[str, Any]) -> str:
-    for name in ("custom_id", "id"):
-        value = record.get(name)
+def _custom_id(name: str, fields: dict[str, Any]) -> str:
+    for key in ("custom_id", "id"):
+        value = fields.get(key)
         if isinstance(value, (str, int)) and not isinstance(value, bool):
             return str(value)
         if value is not None:
-            raise _invalid(f"{name} must be a string.", name, value)
-    return f"line-{line}"
+            raise _invalid(f"{key} must be a string.", key, value)
+    return name
 
 
 def _prompt(kind: Kind, body: dict[str, Any]) -> Mapping[str, Any]:
@@ -191,3 +213,21 @@ def _bias(value: object) -> dict[int, float]:
         return {int(k): v for k, v in value.items()}
     except ValueError as error:
         raise _invalid("logit_bias must have token ids as keys.", "logit_bias", value) from error
+
+
+def _fields(record: Record) -> dict[str, Any]:
+    """The record's named values. Raises InvalidRequestError."""
+    raw = record.raw
+    if isinstance(raw, InvalidRequestError):
+        raise raw
+    if isinstance(raw, dict):
+        return raw
+    try:
+        found = json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise _invalid(f"This is not UTF-8: {error}.", None, raw[:40]) from error
+    except (ValueError, RecursionError) as error:
+        raise _invalid(f"This is not JSON: {error}.", None, raw[:80]) from error
+    if not isinstance(found, dict):
+        raise _invalid("A line must hold a JSON object.", None, found)
+    return found

@@ -1,162 +1,212 @@
-"""A batch job: rows in, results out, nothing held longer than a window of rows."""
+"""A batch job: rows in, results out, nothing held longer than a window of rows, nothing lost."""
 
 from __future__ import annotations
 
-import json
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from itertools import islice
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, closing
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
-from typing import IO, Any, Literal
+from threading import Lock
+from typing import NamedTuple, Protocol
 
-import psutil
-
-from quire.api.llm import LLM
+from quire.api.outputs import RequestOutput, Stats
 from quire.api.setup import Prompt
 from quire.decode.params import SamplingParams
-from quire.engine.budget import format_bytes
+from quire.decode.rng import row_seed
 from quire.errors import InputFileError
-from quire.jobs.progress import Snapshot, View, format_seconds
-from quire.jobs.results import Ordered, result_line
+from quire.jobs.dedupe import Seen, sharing_key
+from quire.jobs.job import Job, begin, open_job
+from quire.jobs.journal import Finished, Journal
+from quire.jobs.output import open_output
+from quire.jobs.progress import Snapshot, View
+from quire.jobs.resume import unfinished, verify
+from quire.jobs.results import copied_line, result_line, to_json
 from quire.jobs.rows import BadRow, Row, RowParser
-from quire.jobs.source import read_rows
+from quire.jobs.source import Record, read_template
+from quire.jobs.summary import Summary, peak_rss
+from quire.jobs.writer import State, Writer
+
+MOST_WAITING = 1 << 16  # duplicates that wait for rows which are being computed
 
 
-@dataclass(frozen=True)
-class Job:
-    """What to read and where to write; ``-`` is standard input or output."""
+class Vocabulary(Protocol):
+    """Names tokens."""
 
-    source: str
-    output: str
-    params: SamplingParams
-    template: Path | None = None
-    order: Literal["input", "completion"] = "input"
-    limit: int | None = None
-    overwrite: bool = False
+    def token_text(self, token: int) -> str:
+        """One token as text."""
+        ...
 
 
-@dataclass(frozen=True)
-class Summary:
-    """What a run did. Seconds, tokens, bytes.
+class Backend(Protocol):
+    """What computes rows: an `LLM`, or something with its face."""
 
-    ``prompt_tokens`` counts every sample's prompt as if nothing were shared.
-    """
-
-    model: str
     policy: str
-    interrupted: bool
-    load_seconds: float
-    seconds: float
-    rows_ok: int
-    rows_failed: int
-    prompt_tokens: int
-    computed_tokens: int
-    recomputed_tokens: int
-    saved_tokens: int
-    output_tokens: int
-    tokens_per_second: float
-    output_tokens_per_second: float
-    steps: int
-    preemptions: int
-    plan_seconds: float
-    model_seconds: float
-    sample_seconds: float
-    kv_bytes: int
-    peak_kv_bytes: int
-    peak_rss_bytes: int
 
-    def text(self) -> str:
-        """The summary for people."""
-        saved = 100 * self.saved_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
-        share = 100 * self.plan_seconds / self.seconds if self.seconds else 0.0
-        rows = [
-            ("rows", f"{self.rows_ok} ok, {self.rows_failed} failed"),
-            (
-                "time",
-                f"{format_seconds(self.seconds)} after {format_seconds(self.load_seconds)} "
-                f"to load; planning {share:.1f}%",
-            ),
-            (
-                "prompt tokens",
-                f"{self.prompt_tokens:,} asked, {self.computed_tokens:,} computed, "
-                f"{self.saved_tokens:,} saved by sharing ({saved:.1f}%)",
-            ),
-            ("output tokens", f"{self.output_tokens:,}"),
-            (
-                "speed",
-                f"{self.tokens_per_second:,.0f} tokens/s, of which output "
-                f"{self.output_tokens_per_second:,.0f}",
-            ),
-            (
-                "memory",
-                f"KV peak {format_bytes(self.peak_kv_bytes)} of {format_bytes(self.kv_bytes)}; "
-                f"process peak {format_bytes(self.peak_rss_bytes)}",
-            ),
-        ]
-        if self.preemptions or self.recomputed_tokens:
-            rows.append(
-                (
-                    "preemption",
-                    f"{self.preemptions} times, {self.recomputed_tokens:,} tokens computed again",
-                )
-            )
-        head = "Interrupted" if self.interrupted else "Done"
-        return "\n".join([head, *(f"  {name:<14}{text}" for name, text in rows)])
+    @property
+    def tokenizer(self) -> Vocabulary:
+        """Names the tokens of log-probabilities."""
+        ...
+
+    @property
+    def stats(self) -> Stats:
+        """Work done so far."""
+        ...
+
+    def generate_iter(
+        self,
+        requests: Iterable[tuple[Prompt, SamplingParams]],
+        *,
+        on_step: Callable[[Stats], None] | None = None,
+    ) -> Generator[RequestOutput, None, None]:
+        """Yield each request's output as it finishes, as `LLM.generate_iter` does."""
+        ...
+
+
+class _Asked(NamedTuple):
+    """A row that waits for its answer."""
+
+    index: int
+    digest: bytes
+    key: bytes | None
+    row: Row
 
 
 class _Run:
-    """The bookkeeping of one run."""
+    """The bookkeeping of one run. `requests` is read by another thread than `execute`'s."""
 
-    def __init__(self, llm: LLM, job: Job, write: Callable[[str], object]) -> None:
-        self.llm = llm
-        self.out = Ordered(write, job.order == "input")
-        self.pending: dict[int, tuple[int, Row]] = {}  # request id -> input index, row
-        self.total: int | None = None
-        self.ok = self.failed = self.tokens = 0
-        self.work_known = self.work_done = 0
-        self.started = time.perf_counter()
+    def __init__(self, job: Job, journal: Journal, writer: Writer, seen: Seen) -> None:
+        self.job = job
+        self.writer = writer
+        self.seen = seen  # used by the reading thread alone
+        self.created: int = journal.get("created")
+        self.pending: dict[int, _Asked] = {}  # by request id
+        self.lock = Lock()  # over what follows
+        self.copies: dict[int, list[_Asked]] = {}  # waiting for the row that is computed, by index
+        self.waiting = self.duplicates = 0
+        self.rows_before = writer.rows
+        self.rows_total: int | None = None
+        self.tokens = self.work_known = self.work_done = 0
+        self.backend: Backend | None = None
+        self.stats = Stats()
+        self.policy = ""
+        self.load_seconds = self.seconds = self.started = 0.0
 
-    def requests(self, rows: Iterator[Row | BadRow]) -> Iterator[tuple[Prompt, SamplingParams]]:
-        """Feed the good rows to the engine; the bad ones go straight to the output."""
-        index = request = 0
-        for index, row in enumerate(rows, start=1):
+    def execute(
+        self,
+        load: Callable[[], AbstractContextManager[Backend]],
+        rows: Iterator[tuple[Record, Row | BadRow]],
+        view: View,
+    ) -> None:
+        """Load the backend and run all rows."""
+        began = time.perf_counter()
+        with load() as backend:
+            self.backend = backend
+            self.started = time.perf_counter()
+            self.load_seconds = self.started - began
+
+            def on_step(_: Stats) -> None:
+                self.writer.check()
+                view.show(self.snapshot)
+
+            try:
+                asked = self.requests(rows)
+                with view, closing(backend.generate_iter(asked, on_step=on_step)) as found:
+                    for output in found:
+                        self.finish(output)
+            finally:
+                self.stats, self.policy = backend.stats, backend.policy
+                self.seconds = time.perf_counter() - self.started
+
+    def requests(
+        self, rows: Iterator[tuple[Record, Row | BadRow]]
+    ) -> Iterator[tuple[Prompt, SamplingParams]]:
+        """Feed rows to the engine, but for bad ones and copies of others."""
+        request = count = 0
+        for record, row in rows:
+            count += 1
             if isinstance(row, BadRow):
-                self.failed += 1
-                self.out.put(index - 1, self.line(row, None))
+                line = self.line(row, None)
+                self.writer.put(Finished(record.index, record.digest, None, True, line))
                 continue
-            self.pending[request] = (index - 1, row)
+            key = sharing_key(row) if self.job.dedupe else None
+            asked = _Asked(record.index, record.digest, key, row)
+            if self.is_copy(asked):
+                continue
+            self.pending[request] = asked
             self.work_known += _work(row)
             request += 1
-            yield row.prompt, row.params
-        self.total = index
+            yield row.prompt, self.seeded(row.params, record.index)
+        self.rows_total = self.rows_before + count
 
-    def line(self, row: Row | BadRow, output: Any) -> dict[str, Any]:
-        return result_line(row, output, self.llm.model, self.llm.tokenizer.token_text)
+    def seeded(self, params: SamplingParams, index: int) -> SamplingParams:
+        """A row's tokens must not depend on the run that computes it."""
+        if params.greedy or params.seed is not None:
+            return params
+        return replace(params, seed=row_seed(self.job.seed, index))
 
-    def execute(self, rows: Iterator[Row | BadRow], view: View) -> None:
-        found = self.llm.generate_iter(
-            self.requests(rows), on_step=lambda _: view.show(self.snapshot)
-        )
-        for output in found:
-            index, row = self.pending.pop(output.request_id)
-            self.out.put(index, self.line(row, output))
-            self.work_done += _work(row)
-            if output.error is None:
-                self.ok += 1
-            else:
-                self.failed += 1
-            self.tokens += len(output.prompt_token_ids)
-            self.tokens += sum(len(sample.token_ids) for sample in output.outputs)
+    def is_copy(self, asked: _Asked) -> bool:
+        """Whether the row gets the answer of an equal one, now or when that is finished."""
+        if asked.key is None:
+            return False
+        first = self.seen.find(asked.key)
+        if first is None:
+            self.seen.note(asked.key, asked.index)
+            with self.lock:
+                self.copies[asked.index] = []
+            return False
+        with self.lock:
+            waiting = self.copies.get(first)
+            if waiting is not None:
+                if self.waiting >= MOST_WAITING:
+                    return False  # computing it again bounds the memory
+                waiting.append(asked._replace(row=replace(asked.row, prompt={})))
+                self.waiting += 1
+                return True
+        line = self.writer.line(first)
+        if line is None:
+            return False
+        self.copy(line, asked)
+        return True
+
+    def finish(self, output: RequestOutput) -> None:
+        """Take a row's answer, for itself and its copies."""
+        asked = self.pending.pop(output.request_id)
+        index, digest, key, row = asked
+        line = self.line(row, output)
+        self.writer.put(Finished(index, digest, key, output.error is not None, line))
+        with self.lock:  # after `put`: whoever finds no list here finds the line there
+            copies = self.copies.pop(index, [])
+            self.waiting -= len(copies)
+        for copy in copies:
+            self.copy(line, copy)
+        self.work_done += _work(row)
+        self.tokens += len(output.prompt_token_ids)
+        self.tokens += sum(len(sample.token_ids) for sample in output.outputs)
+        self.writer.check()
+
+    def copy(self, first: str, asked: _Asked) -> None:
+        """Give a row the answer of an equal one."""
+        line = copied_line(first, asked.row)
+        failed = line["error"] is not None
+        self.writer.put(Finished(asked.index, asked.digest, asked.key, failed, to_json(line)))
+        with self.lock:
+            self.duplicates += 1
+
+    def line(self, row: Row | BadRow, output: RequestOutput | None) -> str:
+        """The row's line of the output."""
+        assert self.backend is not None
+        text = self.backend.tokenizer.token_text
+        return to_json(result_line(row, output, self.job.model, text, self.created))
 
     def snapshot(self) -> Snapshot:
+        """Where the run stands."""
         return Snapshot(
             time.perf_counter() - self.started,
-            self.ok + self.failed,
-            self.failed,
-            self.total,
+            self.writer.rows,
+            self.writer.failed,
+            self.rows_total,
             self.tokens,
             self.work_done / self.work_known if self.work_known else 0.0,
         )
@@ -169,77 +219,83 @@ def _work(row: Row) -> int:
     return size + row.params.n * (row.params.max_tokens or 128)
 
 
-def job_rows(job: Job, model: str, warn: Callable[[str], None]) -> Iterator[Row | BadRow]:
-    """The rows of the job's input for ``model``. Raises InputFileError."""
-    parser = RowParser(job.params, frozenset({model, Path(model).name}), warn)
-    return islice(read_rows(job.source, parser, job.template), job.limit)
+def make_parser(job: Job, warn: Callable[[str], None]) -> RowParser:
+    """What turns the job's records into rows. Raises InputFileError for a bad template."""
+    names = frozenset({job.model, Path(job.model).name})
+    template = read_template(job.template) if job.template is not None else None
+    return RowParser(job.params, names, warn, template)
 
 
 def run_job(
-    job: Job, llm: LLM, *, load_seconds: float, view: View, warn: Callable[[str], None]
+    job: Job,
+    load: Callable[[], AbstractContextManager[Backend]],
+    *,
+    view: View,
+    say: Callable[[str], None],
 ) -> Summary:
-    """Run all rows; returns when every result is written.
+    """Run what is left of the job; returns when every result is on disk.
 
-    An interrupt (Ctrl-C) ends the run with what is finished written. Raises InputFileError if the
-    input or the output cannot be used at all.
+    ``load`` is called when there is something to run. An interrupt (Ctrl-C) ends the run with what
+    is finished kept. Raises InputFileError for an input or output that cannot be used at all,
+    JournalError for a job that cannot go on.
     """
-    interrupted = False
+    parser = make_parser(job, say)
     try:
-        with ExitStack() as stack:
-            stream = _open_output(job, stack)
-            run = _Run(llm, job, stream.write)
-            stack.callback(stream.flush)
-            stack.callback(run.out.flush_early)
-            try:
-                with view:
-                    run.execute(job_rows(job, llm.model, warn), view)
-            except KeyboardInterrupt:
-                interrupted = True
+        if job.rereadable:
+            next(job.records(), None)  # what cannot be read is refused before anything is touched
+        with open_job(job) as journal:
+            if job.rereadable:
+                verify(job.records(), journal, job.limit)
+            seen = Seen()
+            left = unfinished(job.records(), journal, job.limit, seen.note)
+            first = next(left, None)
+            records = chain([first] if first is not None else [], left)
+            with closing(open_output(job.output, job.order, journal.get("exported"))) as output:
+                begin(job, journal)
+                writer = Writer(Journal(journal.path, durable=journal.durable), journal, output)
+                writer.start()
+                run = _Run(job, journal, writer, seen)
+                state: State = "failed"
+                try:
+                    if first is not None:
+                        if run.rows_before:
+                            say(f"Going on: {run.rows_before} rows are finished.")
+                        run.execute(load, ((r, parser.read(r)) for r in records), view)
+                    state = "done"
+                except KeyboardInterrupt:
+                    state = "cancelled" if writer.cancelled else "interrupted"
+                finally:
+                    writer.finish(state)
+            return _summarise(run, state, journal.durable)
     except OSError as error:
         raise InputFileError(
-            f"The run stopped, reading {job.source} and writing {job.output}: {error.strerror}.",
-            value=job.output,
-            action="What is written so far is complete rows, but for the last.",
-        ) from error
-    return _summarise(run, llm, interrupted, load_seconds)
-
-
-def _open_output(job: Job, stack: ExitStack) -> IO[str]:
-    if job.output == "-":
-        return sys.stdout
-    path = Path(job.output)
-    if path.exists() and path.stat().st_size and not job.overwrite:
-        raise InputFileError(
-            f"{path} exists already.",
-            value=str(path),
-            action="Give another name or --overwrite.",
-        )
-    try:
-        return stack.enter_context(open(path, "w", encoding="utf-8", buffering=1))
-    except OSError as error:
-        raise InputFileError(
-            f"{path} cannot be written: {error.strerror}.", value=str(path)
+            f"The run stopped, reading {job.source}: {error.strerror}.",
+            value=job.source,
+            action="What is finished is kept; run the same command again.",
         ) from error
 
 
-def _summarise(run: _Run, llm: LLM, interrupted: bool, load_seconds: float) -> Summary:
-    stats = llm.stats
-    seconds = time.perf_counter() - run.started
+def _summarise(run: _Run, state: State, resumable: bool) -> Summary:
+    stats, seconds = run.stats, run.seconds
+    writer = run.writer
     return Summary(
-        model=llm.model,
-        policy=llm.engine.world.policy.name,
-        interrupted=interrupted,
-        load_seconds=load_seconds,
+        model=run.job.model,
+        policy=run.policy,
+        state=state,
+        resumable=resumable,
+        load_seconds=run.load_seconds,
         seconds=seconds,
-        rows_ok=run.ok,
-        rows_failed=run.failed,
+        rows_ok=writer.rows - writer.failed,
+        rows_failed=writer.failed,
+        rows_before=run.rows_before,
+        duplicates=run.duplicates,
         prompt_tokens=stats.prompt_tokens,
         computed_tokens=stats.computed_tokens,
         recomputed_tokens=stats.recomputed_tokens,
         saved_tokens=stats.saved_tokens,
         output_tokens=stats.output_tokens,
-        tokens_per_second=(stats.prompt_tokens + stats.output_tokens) / seconds,
-        output_tokens_per_second=stats.output_tokens / seconds,
+        tokens_per_second=(stats.prompt_tokens + stats.output_tokens) / seconds if seconds else 0.0,
+        output_tokens_per_second=stats.output_tokens / seconds if seconds else 0.0,
         steps=stats.steps,
         preemptions=stats.preemptions,
         plan_seconds=stats.plan_seconds,
@@ -249,18 +305,3 @@ def _summarise(run: _Run, llm: LLM, interrupted: bool, load_seconds: float) -> S
         peak_kv_bytes=stats.peak_kv_bytes,
         peak_rss_bytes=peak_rss(),
     )
-
-
-def peak_rss() -> int:
-    """Most resident memory that this process has had, in bytes."""
-    try:
-        import resource
-    except ImportError:  # no such module on Windows
-        return int(psutil.Process().memory_info().rss)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def write_stats(summary: Summary, path: Path) -> None:
-    """The summary as a JSON file."""
-    path.write_text(json.dumps(asdict(summary), indent=1) + "\n", encoding="utf-8")

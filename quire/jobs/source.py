@@ -3,33 +3,66 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
-
-from jinja2 import StrictUndefined, TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from typing import IO, Any
 
 from quire.errors import InputFileError, InvalidRequestError
-from quire.jobs.rows import BadRow, Row, RowParser
 
 
-def read_rows(
-    source: str, parser: RowParser, template: Path | None = None
-) -> Iterator[Row | BadRow]:
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A row of the input before it is parsed. ``index`` counts rows from 0, ``line`` lines from 1.
+
+    ``name`` is the row's id where it has none of its own. ``raw``: a line of JSON, the columns of a
+    table, or why there is neither.
+    """
+
+    index: int
+    file: str
+    line: int
+    name: str
+    raw: bytes | dict[str, Any] | InvalidRequestError
+
+    @property
+    def digest(self) -> bytes:
+        """8 bytes that change when the row does."""
+        if isinstance(self.raw, bytes):
+            data = self.raw
+        elif isinstance(self.raw, dict):
+            data = json.dumps(self.raw).encode()
+        else:
+            data = str(self.raw).encode()
+        return hashlib.blake2b(data, digest_size=8).digest()
+
+
+def read_records(source: str, template: Path | None = None) -> Iterator[Record]:
     """The rows of ``source``, one at a time; blank lines are skipped.
 
-    With ``template`` (or a name that ends in .csv) the input is CSV with a header line, and the
-    template, in jinja2 over the columns, makes each row's prompt. Raises InputFileError.
+    With ``template`` (or a name that ends in .csv) the input is CSV with a header line. Raises
+    InputFileError.
     """
     with ExitStack() as stack:
         stream = _open(source, stack)
         if template is not None or source.endswith(".csv"):
-            yield from _csv_rows(source, stream, parser, template)
+            yield from _csv_records(source, stream, template)
         else:
-            yield from _json_rows(source, stream, parser)
+            yield from _json_records(source, stream)
+
+
+def read_template(path: Path) -> str:
+    """The text of a template. Raises InputFileError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputFileError(
+            f"The template {path} cannot be used: {error}.", value=str(path)
+        ) from error
 
 
 def _open(source: str, stack: ExitStack) -> IO[bytes]:
@@ -45,61 +78,47 @@ def _open(source: str, stack: ExitStack) -> IO[bytes]:
         ) from error
 
 
-def _json_rows(source: str, stream: IO[bytes], parser: RowParser) -> Iterator[Row | BadRow]:
+def _json_records(source: str, stream: IO[bytes]) -> Iterator[Record]:
+    index = 0
     for number, raw in enumerate(stream, start=1):
-        try:
-            text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-        except UnicodeDecodeError as error:
-            if number == 1 and raw.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1")):
-                raise InputFileError(
-                    f"{source} is a compressed or binary file.",
-                    value=source,
-                    action="Give plain JSONL.",
-                ) from error
-            yield BadRow(
-                number, None, InvalidRequestError(f"This is not UTF-8: {error}.", value=raw[:40])
+        if number == 1 and raw.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1")):
+            raise InputFileError(
+                f"{source} is a compressed or binary file.",
+                value=source,
+                action="Give plain JSONL.",
             )
-            continue
+        text = raw.strip()
         if text:
-            yield parser.parse(number, text)
+            yield Record(index, source, number, f"line-{number}", text)
+            index += 1
 
 
-def _csv_rows(
-    source: str, stream: IO[bytes], parser: RowParser, template: Path | None
-) -> Iterator[Row | BadRow]:
+def _csv_records(source: str, stream: IO[bytes], template: Path | None) -> Iterator[Record]:
     if template is None:
         raise InputFileError(
             f"{source} is CSV and needs a template.",
             value=source,
             action="Give --template FILE with a jinja2 template over the columns.",
         )
-    environment = ImmutableSandboxedEnvironment(
-        undefined=StrictUndefined, keep_trailing_newline=False
-    )
-    try:
-        pattern = environment.from_string(template.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, TemplateError) as error:
-        raise InputFileError(
-            f"The template {template} cannot be used: {error}.", value=str(template)
-        ) from error
-    lines = (raw.decode("utf-8-sig", errors="replace") for raw in stream)
-    reader = csv.DictReader(lines)
+    reader = csv.DictReader(raw.decode("utf-8-sig", errors="replace") for raw in stream)
+    index = 0
     while True:
+        raw: dict[str, Any] | InvalidRequestError
         line = reader.line_num + 1
         try:
-            record = next(reader, None)
-            if record is None:
+            columns = next(reader, None)
+            if columns is None:
                 return
             line = reader.line_num
-            if None in record or None in record.values():
-                raise InvalidRequestError(
+            raw = dict(columns)
+            if None in columns or None in columns.values():
+                raw = InvalidRequestError(
                     f"The row has another number of fields than the header's "
                     f"{len(reader.fieldnames or [])}.",
-                    value=len(record),
+                    field="template",
+                    value=len(columns),
                 )
-            prompt = pattern.render(record)
-        except (csv.Error, TemplateError, TypeError, ValueError, InvalidRequestError) as error:
-            what = str(error) if isinstance(error, InvalidRequestError) else f"{error}."
-            yield BadRow(line, None, InvalidRequestError(what, field="template"))
-            continue
-        yield parser.read(line, {"prompt": prompt, "custom_id": record.get("custom_id") or None})
+        except csv.Error as error:
+            raw = InvalidRequestError(f"{error}.", field="template")
+        yield Record(index, source, line, f"line-{line}", raw)
+        index += 1

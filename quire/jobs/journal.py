@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -32,13 +32,13 @@ START_OVER = "Start over with --fresh; quire jobs export first saves what can be
 
 
 class Finished(NamedTuple):
-    """A finished row: ``index`` counts from 0, ``line`` is its line of the output.
+    """A finished row: ``idx`` counts from 0, ``line`` is its line of the output.
 
     ``digest`` is the input record's; ``key`` that of prompt and parameters, or None where equal
     rows may not share an answer.
     """
 
-    index: int
+    idx: int
     digest: bytes
     key: bytes | None
     failed: bool
@@ -172,7 +172,7 @@ class Journal:
             return None if found is None else str(found)
 
     def text(self, start: int, stop: int) -> str:
-        """The lines of the finished rows in ``[start, stop)``, in input order, as they are written."""
+        """The lines of the finished rows in ``[start, stop)``, in input order, with their ends."""
         with self._readable():
             found = self._one(
                 "SELECT group_concat(line, char(10)) FROM "
@@ -182,13 +182,12 @@ class Journal:
             )
             return "" if found is None else f"{found}\n"
 
-    def finished(self) -> Iterator[tuple[int, bytes, bytes | None]]:
-        """``(index, digest, key)`` of the finished rows in input order.
+    def finished(self, start: int = 0) -> Iterator[tuple[int, bytes, bytes | None]]:
+        """``(index, digest, key)`` of the finished rows from ``start`` on, in input order.
 
         Read in pages, each complete before it is used: a reader that waits within a transaction
         would keep SQLite from emptying the write-ahead log.
         """
-        start = 0
         while True:
             with self._readable():
                 page = self._db.execute(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,8 @@ def locked(path: Path) -> Iterator[None]:
     """Hold the lock of the journal at ``path``. Raises JournalError if another run has it."""
     lock = FileLock(f"{path}.lock")
     try:
+        if not path.parent.is_dir():  # the library would make it
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         lock.acquire(timeout=_WAIT_SECONDS)
     except Timeout as error:
         raise JournalError(

@@ -173,12 +173,12 @@ class FileSink:
 class StreamSink:
     """Standard output or a device: not cut back, so that everything is written from the start."""
 
-    found = None
+    found: Mark | None = None
 
     def __init__(self, name: str) -> None:
         self._stream = sys.stdout.buffer if name == "-" else _open(Path(name))
 
-    def start(self, mark: None) -> None:
+    def start(self, mark: Mark | None) -> None:
         """Nothing to do."""
 
     def write(self, text: str) -> None:
@@ -210,7 +210,7 @@ def is_stream(output: str) -> bool:
 
 def fits(path: Path, mark: Mark) -> bool:
     """Whether the file at ``path`` still has the bytes that ``mark`` was recorded after."""
-    return _digest(_tail(path, mark["bytes"])) == mark["tail"]
+    return bool(_digest(_tail(path, mark["bytes"])) == mark["tail"])
 
 
 def _tail(path: Path, end: int) -> bytes:

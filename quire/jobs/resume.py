@@ -10,8 +10,8 @@ from quire.jobs.journal import Journal
 from quire.jobs.source import Record
 
 _ACTION = (
-    "Give the input that the job was begun with; rows may be added at its end. For another one give "
-    "another output, or start over with --fresh."
+    "Give the input that the job was begun with; rows may be added at its end. For another one "
+    "give another output, or start over with --fresh."
 )
 
 

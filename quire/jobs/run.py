@@ -21,8 +21,8 @@ from quire.jobs.job import Job, begin, open_job
 from quire.jobs.journal import Finished, Journal
 from quire.jobs.output import open_output
 from quire.jobs.progress import Snapshot, View
-from quire.jobs.resume import unfinished, verify
 from quire.jobs.results import copied_line, result_line, to_json
+from quire.jobs.resume import unfinished, verify
 from quire.jobs.rows import BadRow, Row, RowParser
 from quire.jobs.source import Record, read_template
 from quire.jobs.summary import Summary, peak_rss
@@ -67,7 +67,7 @@ class Backend(Protocol):
 class _Asked(NamedTuple):
     """A row that waits for its answer."""
 
-    index: int
+    idx: int
     digest: bytes
     key: bytes | None
     row: Row
@@ -152,9 +152,9 @@ class _Run:
             return False
         first = self.seen.find(asked.key)
         if first is None:
-            self.seen.note(asked.key, asked.index)
+            self.seen.note(asked.key, asked.idx)
             with self.lock:
-                self.copies[asked.index] = []
+                self.copies[asked.idx] = []
             return False
         with self.lock:
             waiting = self.copies.get(first)
@@ -190,7 +190,7 @@ class _Run:
         """Give a row the answer of an equal one."""
         line = copied_line(first, asked.row)
         failed = line["error"] is not None
-        self.writer.put(Finished(asked.index, asked.digest, asked.key, failed, to_json(line)))
+        self.writer.put(Finished(asked.idx, asked.digest, asked.key, failed, to_json(line)))
         with self.lock:
             self.duplicates += 1
 

@@ -50,7 +50,7 @@ class Writer:
                 self._changed.wait()
             if self._error is not None:
                 raise self._error
-            self._waiting[row.index] = row
+            self._waiting[row.idx] = row
             self.rows += 1
             self.failed += row.failed
             if len(self._waiting) == COMMIT_ROWS:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from quire.decode.rng import derive_seed, splitmix64, uniform
+from quire.decode.rng import derive_seed, row_seed, splitmix64, uniform
 
 
 def test_known_outputs_of_splitmix64() -> None:
@@ -26,3 +26,10 @@ def test_derived_seeds_differ_and_repeat() -> None:
     assert len(seeds) == 5000
     assert derive_seed(3, 4) == derive_seed(3, 4)
     assert all(0 <= seed < 2**64 for seed in seeds)
+
+
+def test_row_seeds_are_of_job_and_place_alone() -> None:
+    assert row_seed(0, 0) == 45548941942605650
+    seeds = {row_seed(seed, index) for seed in range(-5, 50) for index in range(100)}
+    assert len(seeds) == 5500
+    assert all(0 <= seed < 2**56 for seed in seeds)

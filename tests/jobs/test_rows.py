@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from quire.decode.params import SamplingParams
 from quire.jobs.rows import BadRow, Row, RowParser
+from quire.jobs.source import Record
 
 
 def parser(warned: list[str] | None = None) -> RowParser:
@@ -15,8 +16,12 @@ def parser(warned: list[str] | None = None) -> RowParser:
     return RowParser(SamplingParams(max_tokens=9), frozenset({"demo"}), said.append)
 
 
+def record_of(text: str, line: int = 4) -> Record:
+    return Record(line - 1, "in.jsonl", line, f"line-{line}", text.encode(errors="surrogatepass"))
+
+
 def read(record: object) -> Row | BadRow:
-    return parser().parse(4, json.dumps(record))
+    return parser().read(record_of(json.dumps(record)))
 
 
 def good(record: object) -> Row:
@@ -86,9 +91,10 @@ def test_bad_rows_name_the_field(record: object, field: str | None) -> None:
 
 def test_unknown_fields_are_warned_of_once() -> None:
     said: list[str] = []
-    parse = parser(said).parse
+    reader = parser(said)
     for line in range(3):
-        assert isinstance(parse(line, '{"prompt": "x", "colour": 1, "user": "me"}'), Row)
+        record = record_of('{"prompt": "x", "colour": 1, "user": "me"}', line)
+        assert isinstance(reader.read(record), Row)
     assert said == ["The field 'colour' is unknown and has no effect."]
 
 
@@ -115,4 +121,5 @@ NAMES = [
 @given(st.dictionaries(st.sampled_from(NAMES), JSON, max_size=6) | JSON | st.text(max_size=30))
 def test_no_line_raises(record: object) -> None:
     text = record if isinstance(record, str) else json.dumps(record)
-    assert isinstance(parser().parse(1, text), (Row, BadRow))
+    found = parser().read(record_of(text))
+    assert isinstance(found, (Row, BadRow))

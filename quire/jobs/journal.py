@@ -27,7 +27,13 @@ _SCHEMA = (
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID",
     "CREATE TABLE rows (idx INTEGER PRIMARY KEY, digest BLOB, key BLOB, failed INTEGER, line TEXT)",
 )
-_NOT_DAMAGED = ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_BUSY")
+_NOT_DAMAGED = {  # beginnings of SQLite's names of errors, and what to do
+    "SQLITE_FULL": "Make room",
+    "SQLITE_IOERR": "See to the disk",
+    "SQLITE_READONLY": "Allow writing to it and to its folder",
+    "SQLITE_CANTOPEN": "Allow writing to it and to its folder",
+    "SQLITE_BUSY": "Wait for the process that uses it",
+}
 START_OVER = "Start over with --fresh; quire jobs export first saves what can be read of it."
 
 
@@ -264,12 +270,13 @@ class Journal:
             yield
         except sqlite3.DatabaseError as error:
             name = getattr(error, "sqlite_errorname", "")
-            if name.startswith(_NOT_DAMAGED):
+            remedy = next((v for k, v in _NOT_DAMAGED.items() if name.startswith(k)), None)
+            if remedy is not None:
                 raise JournalError(
                     f"The journal {self.path} cannot be used: {error}.",
                     value=str(self.path),
-                    action="What is committed is safe: make room, or wait for whoever uses it, "
-                    "and run the same command again.",
+                    action=f"{remedy} and run the same command again"
+                    + (": what is finished is kept." if self.durable else "."),
                 ) from error
             raise JournalError(
                 f"The journal {self.path} is damaged: {error}.",

@@ -167,7 +167,9 @@ def test_dry_run_plans_only(tmp_path: Path) -> None:
         (["in.csv"], "needs a template"),
         (["in.gz"], "compressed or binary"),
         (["in.jsonl", "-o", "there/out.jsonl"], "cannot be written"),
-        (["in.jsonl", "-o", "in.jsonl"], "exists already"),
+        (["in.jsonl", "-o", "in.jsonl"], "would replace the input"),
+        (["in.jsonl", "-o", "in.csv"], "exists already"),
+        (["in.jsonl", "--journal", "in.csv"], "is damaged: file is not a database"),
         (["long.jsonl", "--on-overlong", "fail"], "the context holds"),
         (["in.jsonl", "-o", "/dev/full"], "No space left on device"),
     ],
@@ -203,7 +205,8 @@ def test_empty_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_interrupt_writes_what_is_finished(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_interrupt_writes_what_is_finished(tmp_path: Path, name: str) -> None:
     rows = [{"prompt": f"Chapter {i}", "max_tokens": 4 + 40 * (i % 2)} for i in range(3000)]
     source = write(tmp_path / "in.jsonl", rows)
     out = tmp_path / "out.jsonl"
@@ -217,10 +220,10 @@ def test_interrupt_writes_what_is_finished(tmp_path: Path) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and (not out.exists() or out.stat().st_size < 2000):
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(getattr(signal, name))
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
-    assert "Interrupted" in errors
+    assert "Interrupted: the same command goes on from here" in errors
     assert "Traceback" not in errors
     assert 0 < len(lines(out)) < 3000
 

@@ -150,11 +150,11 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
     assert not is_locked(path)
     with Journal(path) as journal:
         journal.set(pid=4711)
+    message = r"Another run has this job: process 4711\."
     with locked(path):
         assert is_locked(path)
-        with pytest.raises(JournalError, match=r"Another run has this job: process 4711\."):
-            with locked(path):
-                pass
+        with pytest.raises(JournalError, match=message), locked(path):
+            pass
     assert not is_locked(path)
     with pytest.raises(JournalError, match="cannot be written"), locked(tmp_path / "no" / "j"):
         pass

@@ -63,7 +63,9 @@ def test_the_output_is_the_journal_wherever_a_kill_strikes(
                 said += now
                 killed = chance.random() < 0.3
                 if killed:
-                    journal.add([row(i) for i in now], exported=output.mark({i: row(i) for i in now}))
+                    journal.add(
+                        [row(i) for i in now], exported=output.mark({i: row(i) for i in now})
+                    )
                     whole = "".join(f"{row(i).line}\n" for i in now).encode()
                     with path.open("ab") as file:  # a write that was cut off anywhere
                         file.write(whole[: chance.randrange(len(whole) + 1)])

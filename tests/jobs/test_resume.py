@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_llm import FakeLLM
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fake_llm import FakeLLM
 from quire.decode.params import SamplingParams
 from quire.decode.rng import row_seed
 from quire.errors import InputFileError, JournalError
@@ -203,10 +203,13 @@ def test_sampled_rows_have_the_seed_of_their_place(bench: Bench) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda rows: rows[:4] + ['{"prompt": "other"}'] + rows[5:], r"Row 5 \(line 5 of .*jsonl\)"),
+        (
+            lambda rows: [*rows[:4], {"prompt": "other"}, *rows[5:]],
+            r"Row 5 \(line 5 of .*jsonl\)",
+        ),
         (lambda rows: rows[:6], "The input ends after 6 rows, but row 7 has been run"),
         (lambda rows: rows[1:], "Row 1 .* is not what it was"),
-        (lambda rows: [], "The input ends after 0 rows"),
+        (lambda _: [], "The input ends after 0 rows"),
     ],
 )
 def test_a_changed_input_is_refused(
@@ -294,9 +297,9 @@ def test_orders(bench: Bench) -> None:
 
 def test_one_run_at_a_time(bench: Bench) -> None:
     bench.rows(numbered(3))
-    with locked(Path(f"{bench.output}.journal")):
-        with pytest.raises(JournalError, match="Another run has this job"):
-            bench.run()
+    lock = locked(Path(f"{bench.output}.journal"))
+    with lock, pytest.raises(JournalError, match="Another run has this job"):
+        bench.run()
     assert bench.run().state == "done"
 
 

@@ -19,7 +19,7 @@ $(VENV)/dev: $(VENV)/base
 	touch $@
 
 demo: $(VENV)/base
-	$(BIN)/quire run examples/prompts.jsonl -o demo-output.jsonl --temperature 0 --overwrite
+	$(BIN)/quire run examples/prompts.jsonl -o demo-output.jsonl --temperature 0 --fresh
 	@echo "The first results, of demo-output.jsonl:"
 	@$(BIN)/python examples/show.py demo-output.jsonl 6
 
@@ -41,4 +41,4 @@ bench: $(VENV)/dev
 	$(BIN)/quire bench
 
 clean:
-	rm -rf $(VENV) build bench-out demo-output.jsonl
+	rm -rf $(VENV) build bench-out demo-output.jsonl*

@@ -23,14 +23,21 @@ def blocks(language: str) -> list[tuple[str, str]]:
     return found
 
 
+# Each block's commands, which may build on each other.
 COMMANDS = [
-    (page, line.removeprefix("$ ").split("  #")[0].replace(".venv/bin/", ""))
+    (
+        page,
+        [
+            line.removeprefix("$ ").split("#")[0].replace(".venv/bin/", "")
+            for line in text.splitlines()
+            if line.startswith("$ ")
+        ],
+    )
     for page, text in blocks("console")
-    for line in text.splitlines()
-    if line.startswith("$ ")
 ]
-MAKE = [c for c in COMMANDS if c[1].startswith("make")]
-RUN = [c for c in COMMANDS if c not in MAKE]
+MAKE = [(page, c) for page, block in COMMANDS for c in block if c.startswith("make")]
+RUN = [(page, [c for c in block if not c.startswith("make")]) for page, block in COMMANDS]
+RUN = [(page, block) for page, block in RUN if block]
 
 
 def test_generated_parts_are_current() -> None:
@@ -45,7 +52,7 @@ def test_generated_parts_are_current() -> None:
 
 @pytest.mark.parametrize(("page", "command"), MAKE)
 def test_make_targets_exist(page: str, command: str) -> None:  # noqa: ARG001
-    target = command.split("#")[0].split()[1]
+    target = command.split()[1]
     done = subprocess.run(
         ["make", "--dry-run", "--always-make", target],
         cwd=ROOT,
@@ -57,14 +64,15 @@ def test_make_targets_exist(page: str, command: str) -> None:  # noqa: ARG001
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("page", "command"), RUN)
-def test_commands_run(page: str, command: str, tmp_path: Path) -> None:  # noqa: ARG001
+@pytest.mark.parametrize(("page", "commands"), RUN)
+def test_commands_run(page: str, commands: list[str], tmp_path: Path) -> None:  # noqa: ARG001
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    words = shlex.split(command.split("#")[0])
-    words[0] = str(BINARY / words[0])
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode in (0, 1), done.stderr
-    assert "Traceback" not in done.stderr
+    for command in commands:
+        words = shlex.split(command)
+        words[0] = str(BINARY / words[0])
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode in (0, 1), done.stderr
+        assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import fields
+from typing import Any
 
 import typer
 
@@ -17,11 +19,17 @@ FLAGS = {
         "--kv-memory", "--kv",
         "--policy", "--chunk", "--window", "--context", "--device", "--template", "--order",
         "--on-overlong", "--limit", "--max-tokens", "--temperature", "--top-p", "--top-k",
-        "--min-p", "--stop", "--seed", "--dry-run", "--stats", "--overwrite", "--plain",
+        "--min-p", "--stop", "--seed", "--dry-run", "--stats", "--journal", "--fresh", "--dedupe",
+        "--plain",
         "--deterministic",
     },
     "convert": {"model", "output", "--weights", "--dtype"},
     "info": {"--model"},
+    "jobs list": {"folder"},
+    "jobs show": {"job"},
+    "jobs cancel": {"job"},
+    "jobs retry-failed": {"job"},
+    "jobs export": {"job", "--output"},
     "bench": {
         "--workload", "--shape", "--system", "--scale", "--repeat", "--chunk", "--threads",
         "--device", "--folder", "--weights", "--deterministic",
@@ -44,11 +52,19 @@ def test_sampling_fields() -> None:
     }  # fmt: skip
 
 
+def commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All commands by name, those of groups as ``group command``."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{prefix}{name} ")
+        else:
+            yield f"{prefix}{name}", command
+
+
 def test_flags() -> None:
-    group = typer.main.get_command(app)
     found = {
         name: {p.opts[0] for p in command.params if p.name != "help"}
-        for name, command in group.commands.items()  # type: ignore[attr-defined]
+        for name, command in commands(typer.main.get_command(app))
     }
     assert found == FLAGS
 
@@ -69,6 +85,7 @@ def test_error_tree() -> None:
         "InvalidRequestError": "RequestError",
         "PromptTooLongError": "RequestError",
         "InputFileError": "QuireError",
+        "JournalError": "QuireError",
         "EngineStallError": "QuireError",
     }
     assert all(name in (errors.__doc__ or "") for name in tree)

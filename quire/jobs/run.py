@@ -244,6 +244,9 @@ def run_job(
         if job.rereadable:
             next(job.records(), None)  # what cannot be read is refused before anything is touched
         with open_job(job) as journal:
+            finished, _ = journal.get("counts")
+            if finished:
+                say(f"{finished} rows are finished already.")
             if job.rereadable:
                 verify(job.records(), journal, job.limit)
             seen = Seen()
@@ -258,8 +261,6 @@ def run_job(
                 state: State = "failed"
                 try:
                     if first is not None:
-                        if run.rows_before:
-                            say(f"Going on: {run.rows_before} rows are finished.")
                         run.execute(load, ((r, parser.read(r)) for r in records), view)
                     state = "done"
                 except KeyboardInterrupt:

@@ -64,7 +64,9 @@ class Summary:
             now = self.rows - self.rows_before
             rows.append(("", f"{self.rows_before} in earlier runs, {now} in this one"))
         if self.duplicates:
-            rows.append(("duplicates", f"{self.duplicates} of them, given the answer of an equal row"))
+            rows.append(
+                ("duplicates", f"{self.duplicates} of them, given the answer of an equal row")
+            )
         rows += self._work()
         head = self.state.capitalize()
         if self.state != "done" and self.resumable:

@@ -14,7 +14,9 @@ from quire.jobs.output import Output
 State = Literal["running", "interrupted", "cancelled", "failed", "done"]
 COMMIT_SECONDS = 0.25
 COMMIT_ROWS = 1000
-MOST_WAITING = 20 * COMMIT_ROWS  # rows not yet committed; more than that wait for the disk
+COMMIT_BYTES = 8 << 20
+MOST_BYTES = 4 * COMMIT_BYTES  # of rows not yet committed; with more, `put` waits for the disk
+ROW_BYTES = 1000  # of a row, about, besides its line
 CANCEL_SECONDS = 0.5  # between looks for a request to stop
 
 
@@ -34,6 +36,7 @@ class Writer:
         self._changed = threading.Condition()
         self._waiting: dict[int, Finished] = {}
         self._committing: dict[int, Finished] = {}
+        self._bytes = 0  # of what waits
         self._ending: State | None = None
         self._error: BaseException | None = None
         # A daemon, so that a second interrupt ends the process at once; nothing is lost by that.
@@ -46,14 +49,15 @@ class Writer:
     def put(self, row: Finished) -> None:
         """Hand over a finished row; waits when the disk is far behind. Raises JournalError."""
         with self._changed:
-            while len(self._waiting) >= MOST_WAITING and self._error is None:
+            while self._bytes >= MOST_BYTES and self._error is None:
                 self._changed.wait()
             if self._error is not None:
                 raise self._error
             self._waiting[row.idx] = row
             self.rows += 1
             self.failed += row.failed
-            if len(self._waiting) == COMMIT_ROWS:
+            self._bytes += ROW_BYTES + len(row.line)
+            if self._has_work():
                 self._changed.notify_all()
 
     def line(self, index: int) -> str | None:
@@ -107,7 +111,7 @@ class Writer:
                 self._changed.wait_for(self._has_work, COMMIT_SECONDS)
                 ending = self._ending
                 batch = self._committing = self._waiting
-                self._waiting = {}
+                self._waiting, self._bytes = {}, 0
                 self._changed.notify_all()
             if batch:
                 rows += len(batch)
@@ -126,7 +130,8 @@ class Writer:
         journal.set(state=ending, exported=self._output.mark({}), updated=time.time())
 
     def _has_work(self) -> bool:
-        return self._ending is not None or len(self._waiting) >= COMMIT_ROWS
+        full = len(self._waiting) >= COMMIT_ROWS or self._bytes >= COMMIT_BYTES
+        return full or self._ending is not None
 
     def _stop(self, journal: Journal, error: BaseException) -> None:
         with suppress(QuireError):

@@ -167,7 +167,7 @@ class Point:
         try:
             killer.patch()
             job_module.time = SimpleNamespace(time=lambda: CREATED)  # type: ignore[assignment]
-            writer_module.COMMIT_ROWS, writer_module.MOST_WAITING = 5, 100
+            writer_module.COMMIT_ROWS, writer_module.MOST_BYTES = 5, 100_000
             writer_module.COMMIT_SECONDS = 0.004
             log = os.open(self.asked, os.O_WRONLY | os.O_APPEND)
 

@@ -58,7 +58,7 @@ def test_an_output_that_cannot_grow_ends_the_run_and_keeps_the_rows(
 ) -> None:
     """The disk is full at some write; after that, nothing was lost."""
     monkeypatch.setattr(writer, "COMMIT_ROWS", 5)
-    monkeypatch.setattr(writer, "MOST_WAITING", 5)
+    monkeypatch.setattr(writer, "MOST_BYTES", 5000)
     what, asked = replace(job(tmp_path, 60), order="completion"), []
     count = 0
     real = output._write
@@ -97,7 +97,7 @@ from dataclasses import replace
 from dataclasses import replace
 from pathlib import Path
 source, disk = Path({folder!r}), Path({folder!r}) / "disk"
-t.writer.COMMIT_ROWS, t.writer.MOST_WAITING = 50, 100
+t.writer.COMMIT_ROWS, t.writer.MOST_BYTES = 50, 100_000
 what = replace(t.job(source, {rows}), output=str(disk / "out.jsonl"))
 mount = ["mount", "-t", "tmpfs", "-o", "size={size}", "tmpfs", str(disk)]
 if subprocess.run(mount).returncode:

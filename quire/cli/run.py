@@ -120,13 +120,16 @@ def run(
     stats: Annotated[Path | None, typer.Option(help="Write the summary as JSON.")] = None,
     journal: Annotated[
         Path | None,
-        typer.Option(help="What is finished, for going on. Default: OUTPUT.journal."),
+        typer.Option(help="File that records what is finished. Default: OUTPUT.journal."),
     ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start over: delete the job's journal and output first.")
     ] = False,
     dedupe: Annotated[
-        bool, typer.Option(help="Compute equal rows once, where their answers must be equal.")
+        bool,
+        typer.Option(
+            help="Compute equal rows once if their answers must be equal; --no-dedupe: each."
+        ),
     ] = True,
     deterministic: Annotated[
         bool, typer.Option(help="A row's tokens do not depend on the rows beside it (slower).")

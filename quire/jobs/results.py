@@ -13,16 +13,17 @@ from quire.errors import RequestError
 from quire.jobs.rows import BadRow, Row
 
 
-def error_line(line: int, custom_id: str | None, error: RequestError) -> dict[str, Any]:
+def error_line(row: Row | BadRow, error: RequestError) -> dict[str, Any]:
     """The output line of a row that failed."""
     return {
-        "id": f"line-{line}",
-        "custom_id": custom_id,
+        "id": row.name,
+        "custom_id": row.custom_id,
         "response": None,
         "error": {
             "code": type(error).__name__,
             "message": str(error),
-            "line": line,
+            "file": row.file,
+            "line": row.line,
             "field": error.field,
         },
     }
@@ -36,15 +37,15 @@ def result_line(
 ) -> dict[str, Any]:
     """The output line of a row. ``output`` is None for a bad row."""
     if isinstance(row, BadRow):
-        return error_line(row.line, row.custom_id, row.error)
+        return error_line(row, row.error)
     assert output is not None
     if output.error is not None:
-        return error_line(row.line, row.custom_id, output.error)
+        return error_line(row, output.error)
     chat = row.kind == "chat"
     completion = sum(len(sample.token_ids) for sample in output.outputs)
     prompt = len(output.prompt_token_ids)
     body: dict[str, Any] = {
-        "id": f"{'chatcmpl' if chat else 'cmpl'}-{row.line}",
+        "id": f"{'chatcmpl' if chat else 'cmpl'}-{row.index}",
         "object": "chat.completion" if chat else "text_completion",
         "created": int(time.time()),
         "model": model,
@@ -59,9 +60,9 @@ def result_line(
     if output.prompt_logprobs is not None:
         body["prompt_logprobs"] = [_entry(e, token_text) for e in output.prompt_logprobs]
     return {
-        "id": f"line-{row.line}",
+        "id": row.name,
         "custom_id": row.custom_id,
-        "response": {"status_code": 200, "request_id": f"line-{row.line}", "body": body},
+        "response": {"status_code": 200, "request_id": row.name, "body": body},
         "error": None,
     }
 
@@ -96,6 +97,16 @@ def _entry(entry: TokenLogprobs, token_text: Callable[[int], str]) -> dict[str, 
     }
 
 
+def to_json(line: dict[str, Any]) -> str:
+    """An output line as text that any file can hold: half a surrogate pair is escaped."""
+    text = json.dumps(line, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(line)
+    return text
+
+
 class Ordered:
     """Writes lines as text; in input order, holding back those that are early, or as they come."""
 
@@ -107,7 +118,7 @@ class Ordered:
 
     def put(self, index: int, line: dict[str, Any]) -> None:
         """The line of input row ``index`` (from 0)."""
-        text = json.dumps(line, ensure_ascii=False) + "\n"
+        text = to_json(line) + "\n"
         if not self._by_input:
             self._write(text)
             return

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, Any, Literal
 
 import psutil
@@ -19,20 +21,26 @@ from quire.api.setup import Prompt
 from quire.decode.params import SamplingParams
 from quire.engine.budget import format_bytes
 from quire.errors import InputFileError
+from quire.jobs.extras import require_pyarrow
 from quire.jobs.progress import Snapshot, View, format_seconds
+from quire.jobs.records import Record, find_files, read_records
 from quire.jobs.results import Ordered, result_line
-from quire.jobs.rows import BadRow, Row, RowParser
-from quire.jobs.source import read_rows
+from quire.jobs.rows import PROMPT_COLUMNS, BadRow, Row, RowParser
+from quire.jobs.template import Template
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to read and where to write; ``-`` is standard input or output."""
+    """What to read and where to write; ``-`` is standard input or output.
 
-    source: str
+    ``source``: see `find_files`; ``template``: see `Template.load`. An ``output`` that ends in
+    .parquet gets the columns of the input too.
+    """
+
+    source: str | Sequence[str]
     output: str
     params: SamplingParams
-    template: Path | None = None
+    template: str | None = None
     order: Literal["input", "completion"] = "input"
     limit: int | None = None
     overwrite: bool = False
@@ -112,8 +120,8 @@ class _Run:
 
     def __init__(self, llm: LLM, job: Job, write: Callable[[str], object]) -> None:
         self.llm = llm
-        self.out = Ordered(write, job.order == "input")
-        self.pending: dict[int, tuple[int, Row]] = {}  # request id -> input index, row
+        self.out = Ordered(write, job.order == "input" or _is_parquet(job))
+        self.pending: dict[int, Row] = {}  # by request id
         self.total: int | None = None
         self.ok = self.failed = self.tokens = 0
         self.work_known = self.work_done = 0
@@ -121,17 +129,18 @@ class _Run:
 
     def requests(self, rows: Iterator[Row | BadRow]) -> Iterator[tuple[Prompt, SamplingParams]]:
         """Feed the good rows to the engine; the bad ones go straight to the output."""
-        index = request = 0
-        for index, row in enumerate(rows, start=1):
+        request = bad = 0
+        for row in rows:
             if isinstance(row, BadRow):
+                bad += 1
                 self.failed += 1
-                self.out.put(index - 1, self.line(row, None))
+                self.out.put(row.index, self.line(row, None))
                 continue
-            self.pending[request] = (index - 1, row)
+            self.pending[request] = row
             self.work_known += _work(row)
             request += 1
             yield row.prompt, row.params
-        self.total = index
+        self.total = request + bad
 
     def line(self, row: Row | BadRow, output: Any) -> dict[str, Any]:
         return result_line(row, output, self.llm.model, self.llm.tokenizer.token_text)
@@ -141,8 +150,8 @@ class _Run:
             self.requests(rows), on_step=lambda _: view.show(self.snapshot)
         )
         for output in found:
-            index, row = self.pending.pop(output.request_id)
-            self.out.put(index, self.line(row, output))
+            row = self.pending.pop(output.request_id)
+            self.out.put(row.index, self.line(row, output))
             self.work_done += _work(row)
             if output.error is None:
                 self.ok += 1
@@ -171,8 +180,10 @@ def _work(row: Row) -> int:
 
 def job_rows(job: Job, model: str, warn: Callable[[str], None]) -> Iterator[Row | BadRow]:
     """The rows of the job's input for ``model``. Raises InputFileError."""
-    parser = RowParser(job.params, frozenset({model, Path(model).name}), warn)
-    return islice(read_rows(job.source, parser, job.template), job.limit)
+    template = Template.load(job.template) if job.template is not None else None
+    parser = RowParser(job.params, frozenset({model, Path(model).name}), warn, template)
+    records = read_records(job.source, PROMPT_COLUMNS if template is None else frozenset())
+    return map(parser.read, islice(records, job.limit))
 
 
 def run_job(
@@ -186,18 +197,19 @@ def run_job(
     interrupted = False
     try:
         with ExitStack() as stack:
+            rows = job_rows(job, llm.model, warn)
             stream = _open_output(job, stack)
             run = _Run(llm, job, stream.write)
             stack.callback(stream.flush)
             stack.callback(run.out.flush_early)
             try:
                 with view:
-                    run.execute(job_rows(job, llm.model, warn), view)
+                    run.execute(rows, view)
             except KeyboardInterrupt:
                 interrupted = True
     except OSError as error:
         raise InputFileError(
-            f"The run stopped, reading {job.source} and writing {job.output}: {error.strerror}.",
+            f"The run stopped, writing {job.output}: {error.strerror}.",
             value=job.output,
             action="What is written so far is complete rows, but for the last.",
         ) from error
@@ -208,6 +220,10 @@ def _open_output(job: Job, stack: ExitStack) -> IO[str]:
     if job.output == "-":
         return sys.stdout
     path = Path(job.output)
+    if path.exists() and any(os.path.samefile(path, f) for f in find_files(job.source) if f != "-"):
+        raise InputFileError(
+            f"{path} is among the input.", value=str(path), action="Write somewhere else."
+        )
     if path.exists() and path.stat().st_size and not job.overwrite:
         raise InputFileError(
             f"{path} exists already.",
@@ -215,11 +231,49 @@ def _open_output(job: Job, stack: ExitStack) -> IO[str]:
             action="Give another name or --overwrite.",
         )
     try:
+        if _is_parquet(job):
+            return _open_parquet(job, path, stack)
         return stack.enter_context(open(path, "w", encoding="utf-8", buffering=1))
     except OSError as error:
         raise InputFileError(
             f"{path} cannot be written: {error.strerror}.", value=str(path)
         ) from error
+
+
+def _is_parquet(job: Job) -> bool:
+    return job.output.endswith(".parquet")
+
+
+def _open_parquet(job: Job, path: Path, stack: ExitStack) -> IO[str]:
+    """A temporary file of lines, which become Parquet when the run ends."""
+    require_pyarrow("Writing Parquet")
+    from quire.jobs.parquet import input_schema, write_parquet
+
+    if "-" in find_files(job.source):
+        raise InputFileError(
+            "Parquet output takes the input's columns from its file, and standard input has none.",
+            action="Give a file, or write JSONL.",
+        )
+    file = TemporaryFile("w+", dir=path.parent, encoding="utf-8", newline="\n")  # noqa: SIM115
+    lines = stack.enter_context(file)
+
+    def convert() -> None:
+        lines.seek(0)
+        pairs = _pairs(read_records(job.source), lines)
+        write_parquet(path, pairs, input_schema(job.source))
+
+    stack.callback(convert)
+    return lines
+
+
+def _pairs(records: Iterator[Record], lines: Iterable[str]) -> Iterator[tuple[Record, str]]:
+    """Each line with its record, both in the order of the input; some records have no line."""
+    named = ((json.loads(line)["id"], line) for line in lines)
+    name, line = next(named, (None, ""))
+    for record in records:
+        if record.name == name:
+            yield record, line
+            name, line = next(named, (None, ""))
 
 
 def _summarise(run: _Run, llm: LLM, interrupted: bool, load_seconds: float) -> Summary:

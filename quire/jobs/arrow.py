@@ -23,6 +23,7 @@ _BATCH_BYTES = 8 << 20
 def open_parquet(path: str) -> tuple[Any, Iterator[Any]]:
     """Schema and batches of a Parquet file, a page of each column in memory at a time.
 
+    The schema is one whose values Python has: times of at most microseconds, and no dictionaries.
     Opening and reading raise OSError when the file is damaged.
     """
     with _damage_is_os_error():
@@ -32,20 +33,20 @@ def open_parquet(path: str) -> tuple[Any, Iterator[Any]]:
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         row_bytes = max((g.total_byte_size // max(g.num_rows, 1) for g in groups), default=0)
         rows = max(1, min(_ROWS, _BATCH_BYTES // max(row_bytes, 1)))
-        return file.schema_arrow, _guarded(file.iter_batches(rows, use_threads=False))
+        return _readable(file.schema_arrow, file.iter_batches(rows, use_threads=False))
 
 
 def open_arrow(stream: io.BufferedReader) -> tuple[Any, Iterator[Any]]:
-    """Schema and batches of an Arrow stream or file.
+    """The same for an Arrow stream or file.
 
     A file is read as the stream that it holds, so that its beginning can be read when its end is
-    missing. Opening and reading raise OSError when the data is damaged.
+    missing.
     """
-    if stream.peek(6).startswith(b"ARROW1"):
-        stream.read(8)
     with _damage_is_os_error():
+        if stream.peek(6).startswith(b"ARROW1"):
+            stream.read(8)
         batches = pyarrow.ipc.open_stream(stream)
-    return batches.schema, _guarded(_validated(batches))
+        return _readable(batches.schema, _validated(batches))
 
 
 def _validated(batches: Iterator[Any]) -> Iterator[Any]:
@@ -58,57 +59,20 @@ def _validated(batches: Iterator[Any]) -> Iterator[Any]:
 def _damage_is_os_error() -> Iterator[None]:
     try:
         yield
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise OSError(str(error)) from error
+    except MemoryError as error:  # a damaged length can ask for any memory
+        raise OSError("it asks for more memory than there is") from error
 
 
-def _guarded(batches: Iterator[Any]) -> Iterator[Any]:
-    while True:
-        with _damage_is_os_error():
-            batch = next(batches, None)
-        if batch is None:
-            return
-        yield batch
+def _readable(schema: Any, batches: Iterator[Any]) -> tuple[Any, Iterator[Any]]:
+    fields = [pa.field(f.name, _readable_type(f.type), f.nullable) for f in schema]
+    wanted = pa.schema(fields)
+    return wanted, _cast(wanted, batches)
 
 
-def rows(schema: Any, batches: Iterator[Any]) -> Iterator[dict[str, Any] | InvalidRequestError]:
-    """The rows of the batches as columns of Python values, or why one cannot be had."""
-    wanted = readable(schema)
-    for batch in batches:
-        with _damage_is_os_error():
-            batch = pa.record_batch(list(map(_cast, batch.columns, wanted.types)), schema=wanted)
-        for start in range(0, batch.num_rows, _ROWS):
-            part = batch.slice(start, _ROWS)
-            try:
-                found = part.to_pylist()
-            except Exception:  # one bad value stops a whole batch: look for its row
-                found = [_row(part, i) for i in range(part.num_rows)]
-            yield from found
-
-
-def _cast(array: Any, kind: Any) -> Any:
-    return array if array.type == kind else array.cast(kind, safe=False)
-
-
-def _row(batch: Any, index: int) -> dict[str, Any] | InvalidRequestError:
-    row = {}
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        try:
-            row[name] = column[index].as_py()
-        except Exception as error:  # not UTF-8, a time beyond Python's, an unknown time zone, ...
-            return InvalidRequestError(
-                f"The value of column {shown(name)} cannot be read: {error}.", field=name
-            )
-    return row
-
-
-def readable(schema: Any) -> Any:
-    """The schema whose values Python has: times of at most microseconds, no dictionaries."""
-    fields = []
-    for field in schema:
-        kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-        fields.append(field.with_type(_in_microseconds(kind)))
-    return pa.schema(fields)
+def _readable_type(kind: Any) -> Any:
+    return _in_microseconds(kind.value_type if pa.types.is_dictionary(kind) else kind)
 
 
 def _in_microseconds(kind: Any) -> Any:
@@ -125,3 +89,41 @@ def _in_microseconds(kind: Any) -> Any:
         fields = [kind.field(i) for i in range(kind.num_fields)]
         return pa.struct([field.with_type(_in_microseconds(field.type)) for field in fields])
     return kind
+
+
+def _cast(wanted: Any, batches: Iterator[Any]) -> Iterator[Any]:
+    while True:
+        with _damage_is_os_error():
+            batch = next(batches, None)
+            if batch is None:
+                return
+            arrays = [
+                array if array.type == kind else array.cast(kind, safe=False)
+                for array, kind in zip(batch.columns, wanted.types, strict=True)
+            ]
+            batch = pa.record_batch(arrays, schema=wanted)
+        yield batch
+
+
+def read_rows(batches: Iterator[Any]) -> Iterator[dict[str, Any] | InvalidRequestError]:
+    """The rows of the batches as columns of Python values, or why one cannot be had."""
+    for batch in batches:
+        for start in range(0, batch.num_rows, _ROWS):
+            part = batch.slice(start, _ROWS)
+            try:
+                found = part.to_pylist()
+            except Exception:  # one bad value stops a whole batch: look for its row
+                found = [_row(part, i) for i in range(part.num_rows)]
+            yield from found
+
+
+def _row(batch: Any, index: int) -> dict[str, Any] | InvalidRequestError:
+    row = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            row[name] = column[index].as_py()
+        except Exception as error:  # not UTF-8, a time beyond Python's, an unknown time zone, ...
+            return InvalidRequestError(
+                f"The value of column {shown(name)} cannot be read: {error}.", field=name
+            )
+    return row

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from quire.errors import InputFileError, InvalidRequestError
-from quire.jobs.arrow import open_arrow, open_parquet, readable
+from quire.jobs.arrow import open_arrow, open_parquet
 from quire.jobs.records import Record, find_files
 from quire.jobs.streams import open_input, recognise
 
@@ -104,7 +104,7 @@ def input_schema(source: str | Sequence[str]) -> pa.Schema | None:
                 schema, _ = open_parquet(file) if kind == "parquet" else open_arrow(stream)
             except (OSError, InputFileError):
                 continue  # it has no rows to write either
-        schemas.append(readable(schema))
+        schemas.append(schema)
     try:
         return pa.unify_schemas(schemas)
     except pa.ArrowException:

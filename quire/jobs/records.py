@@ -242,7 +242,7 @@ def _arrow_rows(
         raise InputFileError("Parquet cannot come from standard input.", action="Give a file.")
     schema, batches = arrow.open_parquet(file) if parquet else arrow.open_arrow(stream)
     _check_columns(file, schema.names, columns)
-    yield from enumerate(arrow.rows(schema, batches), start=1)
+    yield from enumerate(arrow.read_rows(batches), start=1)
 
 
 def _check_columns(file: str, names: Sequence[str], columns: frozenset[str]) -> None:

@@ -39,6 +39,7 @@ _JSON_IN_COLUMNS = (PARAM_NAMES | _CHAT_EXTRAS | _ALIASES | {*_PROMPTS, "body"})
     "model",
 }
 _MOST_WARNINGS = 20
+_MOST_SEEN = 1000
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class RowParser:
         self._warn = warn
         self._template = template
         self._warned: set[str] = set()
+        self._seen: dict[str, SamplingParams] = {}  # checking them takes longer than all else
 
     def read(self, record: Record) -> Row | BadRow:
         """Decode and check a record. Never raises, whatever the record holds."""
@@ -150,7 +152,14 @@ class RowParser:
             chosen["logit_bias"] = _bias(chosen["logit_bias"])
         for name in body.keys() - _KNOWN:
             self._unknown(name)
-        return replace(self._defaults, **chosen)
+        key = repr(chosen)  # tells 1, 1.0 and true apart
+        params = self._seen.get(key)
+        if params is None:
+            params = replace(self._defaults, **chosen)
+            if len(self._seen) >= _MOST_SEEN:
+                self._seen.clear()
+            self._seen[key] = params
+        return params
 
     def _unknown(self, name: str) -> None:
         if name in self._warned or len(self._warned) > _MOST_WARNINGS:

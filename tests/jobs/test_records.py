@@ -3,7 +3,9 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import random
 import sys
+import tracemalloc
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -362,6 +364,32 @@ def test_digests_follow_the_content() -> None:
     assert len(digest({"a": "\udc80"})) == len(digest(InvalidRequestError("\udc80"))) == 8
     record = Record(0, "a", 1, "line-1", b"{}")
     assert replace(record, index=5, file="b", line=2, name="x").digest == record.digest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv.zst", "a.parquet", "a.arrow"])
+def test_memory_does_not_grow_with_the_file(name: str, tmp_path: Path) -> None:
+    """60 MB, in Parquet as one row group, take a few MB of Python's and Arrow's memory."""
+    rng = random.Random(0)
+    rows = [{"prompt": rng.randbytes(1000).hex()} for _ in range(30_000)]
+    if name == "a.parquet":
+        (tmp_path / name).write_bytes(parquet(rows, rows_a_group=30_000))
+    elif name == "a.arrow":
+        (tmp_path / name).write_bytes(arrow(rows, rows_a_batch=1000))
+    else:
+        write(tmp_path, name, rows)
+    del rows
+    before = pa.total_allocated_bytes()
+    most = count = 0
+    tracemalloc.start()
+    for record in read_records(str(tmp_path / name)):
+        count += len(record.fields())
+        if count % 500 == 0:
+            most = max(most, pa.total_allocated_bytes() - before)
+    used = tracemalloc.get_traced_memory()[1] + most
+    tracemalloc.stop()
+    assert count == 30_000
+    assert used < 30e6
 
 
 @pytest.mark.parametrize("depth", [64, 65, 900, 100_000])

@@ -70,6 +70,19 @@ def test_sampling_fields() -> None:
     assert good({**chat, "logprobs": False}).params.logprobs is None
 
 
+def test_equal_values_of_other_types_are_not_taken_for_each_other() -> None:
+    read = parser().read
+    assert isinstance(read(record(b'{"prompt": "x", "n": 1, "logit_bias": {"1": 1}}')), Row)
+    assert isinstance(read(record(b'{"prompt": "x", "n": true}')), BadRow)
+    assert isinstance(read(record(b'{"prompt": "x", "n": 1.0}')), BadRow)
+    bias = b'{"prompt": "x", "n": 1, "logit_bias": {"1": true}}'
+    assert isinstance(read(record(bias)), BadRow)
+    found = [read(record(b'{"prompt": "x", "seed": %d}' % (i % 1200))) for i in range(3000)]
+    assert [row.params.seed for row in found if isinstance(row, Row)] == [
+        i % 1200 for i in range(3000)
+    ]
+
+
 @pytest.mark.parametrize(
     ("line", "field"),
     [

@@ -2,8 +2,9 @@
 
 ``python benchmarks/read_rows.py [rows]`` makes a file of each format in a temporary folder (a
 prompt of 400 characters and two sampling fields a row), reads it in a process of its own, then
-reads it again with every record parsed to a request. Seconds are those of the processor. Memory is
-what the process grew by at most. The last line is JSON.
+reads it again with every record parsed to a request, and once more to write results as Parquet.
+Seconds are those of the processor. Memory is what the process grew by at most while it read. The
+last line is JSON.
 """
 
 from __future__ import annotations
@@ -24,10 +25,14 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from quire.decode.params import SamplingParams
+from quire.jobs.parquet import input_schema, write_parquet
 from quire.jobs.records import read_records
 from quire.jobs.rows import Row, RowParser
 
 BATCH = 10_000
+CHOICE = {"index": 0, "text": "An answer of some words. " * 8, "finish_reason": "stop"}
+BODY = {"choices": [CHOICE], "usage": {"prompt_tokens": 90, "completion_tokens": 48}}
+RESULT = json.dumps({"custom_id": "row-1", "response": {"body": BODY}, "error": None})
 SCHEMA = pa.schema(
     [("custom_id", pa.string()), ("prompt", pa.string()), ("max_tokens", pa.int64())]
 )
@@ -84,14 +89,18 @@ def measure(file: str) -> dict[str, float]:
         if count % 1000 == 0:
             most = max(most, process.memory_info().rss)
     middle = time.process_time()
+    grown = most - before
     good = sum(isinstance(parser.read(record), Row) for record in read_records(file))
-    end = time.process_time()
     assert good == count
+    end = time.process_time()
+    pairs = ((record, RESULT) for record in read_records(file))
+    write_parquet(Path(file).with_name("results"), pairs, input_schema(file))
     return {
         "rows": count,
         "read": count / (middle - started),
         "parsed": count / (end - middle),
-        "memory_mb": (most - before) / 1e6,
+        "written": count / (time.process_time() - end),
+        "memory_mb": grown / 1e6,
     }
 
 
@@ -113,8 +122,8 @@ def main() -> None:
             done = subprocess.run(command, capture_output=True, text=True, check=True)
         found[name] = one = json.loads(done.stdout)
         print(
-            f"{name:<14} {one['read']:>10,.0f} records/s, {one['parsed']:>10,.0f} parsed, "
-            f"{one['memory_mb']:.0f} MB",
+            f"{name:<14} {one['read']:>10,.0f} records/s, {one['parsed']:>8,.0f} parsed, "
+            f"{one['written']:>8,.0f} written as Parquet; {one['memory_mb']:.0f} MB",
             flush=True,
         )
     print(json.dumps(found))

@@ -115,7 +115,7 @@ def write_input(path: Path, rows: int) -> None:
 def run(folder: Path, rows: int, rate: float | None, note: Callable[[int], None]) -> float:
     """Seconds of a job."""
     write_input(folder / "in.jsonl", rows)
-    job = Job(str(folder / "in.jsonl"), str(folder / "out.jsonl"), SamplingParams(), fresh=True)
+    job = Job((str(folder / "in.jsonl"),), str(folder / "out.jsonl"), SamplingParams(), fresh=True)
     started = time.perf_counter()
     found = run_job(job, lambda: Instant(rate, note), view=Lines(sys.stderr), say=lambda _: None)
     assert found.rows_ok == rows

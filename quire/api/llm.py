@@ -285,10 +285,6 @@ class LLM:
         self.engine.add(request for _, request in window if request is not None)
 
     def _request(self, index: int, ids: list[int], params: SamplingParams) -> EngineRequest:
-        if not ids:
-            raise InvalidRequestError(
-                "The prompt is empty.", field="prompt", value="", action="Give at least one token."
-            )
         context = self.setup.limits.context
         room = context - min(params.max_tokens or 1, context - 1)
         if self.on_overlong == "truncate-left":

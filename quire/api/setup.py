@@ -12,7 +12,7 @@ import torch
 
 from quire.engine.budget import Budget, make_budget, parse_bytes
 from quire.engine.limits import Limits
-from quire.errors import InvalidRequestError
+from quire.errors import InvalidRequestError, shown
 from quire.kv.arena import token_bytes
 from quire.models.loader import load_spec, stored_dtype, weight_bytes
 from quire.models.spec import ModelSpec
@@ -75,7 +75,18 @@ class Setup:
         return cls(folder, spec, held, asked, budget, limits, Tokenizer.load(folder))
 
     def encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        """Text (None where there is none) and token ids of a prompt. Raises InvalidRequestError."""
+        """Text (None where there is none) and token ids of a prompt, at least one.
+
+        Raises InvalidRequestError.
+        """
+        text, ids = self._encode(prompt)
+        if not ids:
+            raise InvalidRequestError(
+                "The prompt is empty.", field="prompt", value="", action="Give at least one token."
+            )
+        return text, ids
+
+    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
             return prompt, self.tokenizer.encode(prompt)
         if "messages" in prompt:
@@ -88,14 +99,14 @@ class Setup:
             wrong = next((i for i in ids if not 0 <= i < self.spec.vocab_size), None)
             if wrong is not None:
                 raise InvalidRequestError(
-                    f"Token id {wrong} is outside the vocabulary of {self.spec.vocab_size}.",
+                    f"Token id {shown(wrong)} is outside the vocabulary of {self.spec.vocab_size}.",
                     field="prompt_token_ids",
                     value=wrong,
                     limit=self.spec.vocab_size,
                 )
             return None, ids
         raise InvalidRequestError(
-            f"A prompt is a string, a token id list or messages, not {str(prompt)[:80]!r}.",
+            f"A prompt is a string, a token id list or messages, not {shown(prompt)}.",
             field="prompt",
             value=prompt,
             action='Give "prompt", "messages" or "prompt_token_ids".',

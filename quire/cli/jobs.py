@@ -17,6 +17,7 @@ from quire.errors import JournalError, QuireError
 from quire.jobs.export import export as export_results
 from quire.jobs.journal import Journal
 from quire.jobs.lock import is_locked, locked
+from quire.jobs.table import is_table
 
 app = typer.Typer(
     help="Jobs of quire run: list, show, cancel, retry, export.", no_args_is_help=True
@@ -52,7 +53,7 @@ def show(job: JobName) -> None:
             ("job", journal.get("output")),
             ("state", _state(journal)),
             ("finished", f"{rows} rows, {failed} of them failed"),
-            ("input", journal.get("source")),
+            ("input", " ".join(journal.get("source") or ()) or None),
             ("begun", _when(journal.get("created"))),
             ("last change", _when(journal.get("updated"))),
             ("error", journal.get("error")),
@@ -96,7 +97,8 @@ def retry_failed(job: JobName) -> None:
 def export(
     job: JobName,
     output: Annotated[
-        str, typer.Option("--output", "-o", help="JSONL file, or - for standard output.")
+        str,
+        typer.Option("--output", "-o", help="JSONL or .parquet file, or - for standard output."),
     ] = "-",
 ) -> None:
     """Write the finished rows of a job, in input order, also while it runs.
@@ -105,6 +107,9 @@ def export(
     """
     problems: list[JournalError] = []
     with _messages(), _open(job, salvage=True) as journal:
+        if is_table(output):  # keeps the columns of the input, whose name may be relative
+            output = str(Path(output).resolve())
+            os.chdir(journal.get("folder"))
         count = export_results(journal, output, problems.append)
     for problem in problems:
         print(f"quire: {problem.what}", file=sys.stderr)

@@ -63,10 +63,15 @@ def _say(text: str) -> None:
 
 def run(
     source: Annotated[
-        str, typer.Argument(metavar="INPUT", help="JSONL or CSV file, or - for standard input.")
+        list[str],
+        typer.Argument(
+            metavar="INPUT",
+            help="JSONL, CSV, Parquet or Arrow files, folders of them, or - for standard input.",
+        ),
     ],
     output: Annotated[
-        str, typer.Option("--output", "-o", help="JSONL file, or - for standard output.")
+        str,
+        typer.Option("--output", "-o", help="JSONL or .parquet file, or - for standard output."),
     ] = "-",
     model: Annotated[
         str, typer.Option(help='Checkpoint folder, .gguf file, or "demo" for the bundled model.')
@@ -97,7 +102,8 @@ def run(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     template: Annotated[
-        Path | None, typer.Option(help="jinja2 file that makes a prompt of each CSV row.")
+        str | None,
+        typer.Option(help="jinja2 text or file that makes a prompt of each row's columns."),
     ] = None,
     order: Annotated[
         Order, typer.Option(help="Write results in input order or as they finish.")
@@ -162,7 +168,7 @@ def run(
             "device": device,
         }
         job = Job(
-            source=source,
+            source=tuple(source),
             output=output,
             params=params,
             model=model,
@@ -227,7 +233,7 @@ def run(
     if summary.state != "done":
         raise typer.Exit(130)
     if summary.rows == 0:
-        _say(f"quire: {source} has no rows.")
+        _say(f"quire: {' '.join(source)} has no rows.")
     if summary.rows_failed:
         raise typer.Exit(1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
-from quire.errors import InvalidRequestError
+from quire.errors import InvalidRequestError, shown
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class SamplingParams:
 _RANGES: dict[str, tuple[float, float]] = {
     "n": (1, 1024),
     "temperature": (0, 100),
-    "top_k": (0, float("inf")),
+    "top_k": (0, 2**31 - 1),
     "top_p": (0, 1),
     "min_p": (0, 1),
     "repetition_penalty": (0.01, 100),
@@ -63,7 +63,10 @@ _RANGES: dict[str, tuple[float, float]] = {
     "min_tokens": (0, float("inf")),
     "max_tokens": (1, float("inf")),
 }
-_INTEGERS = {"n", "top_k", "seed", "logprobs", "prompt_logprobs", "min_tokens", "max_tokens"}
+_LARGEST_BIAS = 1e30  # leaves the largest float32 far away, whatever is added and divided
+INTEGER_NAMES = frozenset(
+    {"n", "top_k", "seed", "logprobs", "prompt_logprobs", "min_tokens", "max_tokens"}
+)
 _OPTIONAL = {"seed", "logprobs", "prompt_logprobs", "max_tokens"}
 
 
@@ -89,15 +92,15 @@ def _check_types(params: SamplingParams) -> None:
         value = getattr(params, name)
         if value is None and name in _OPTIONAL:
             continue
-        wanted: tuple[type, ...] = (int,) if name in _INTEGERS else (int, float)
+        wanted: tuple[type, ...] = (int,) if name in INTEGER_NAMES else (int, float)
         if isinstance(value, bool) or not isinstance(value, wanted):
-            kind = "an integer" if name in _INTEGERS else "a number"
+            kind = "an integer" if name in INTEGER_NAMES else "a number"
             raise InvalidRequestError(
-                f"{name} must be {kind}, not {value!r}.", field=name, value=value
+                f"{name} must be {kind}, not {shown(value)}.", field=name, value=value
             )
     if not isinstance(params.ignore_eos, bool):
         raise InvalidRequestError(
-            f"ignore_eos must be true or false, not {params.ignore_eos!r}.",
+            f"ignore_eos must be true or false, not {shown(params.ignore_eos)}.",
             field="ignore_eos",
             value=params.ignore_eos,
         )
@@ -108,15 +111,18 @@ def _check_types(params: SamplingParams) -> None:
         ):
             what = "non-empty strings" if kind_ is str else "token ids"
             raise InvalidRequestError(
-                f"{name} must be a list of {what}, not {value!r}.", field=name, value=value
+                f"{name} must be a list of {what}, not {shown(value)}.", field=name, value=value
             )
     bias = params.logit_bias
     if not isinstance(bias, Mapping) or not all(
-        isinstance(k, int) and isinstance(v, (int, float)) and not isinstance(v, bool)
+        isinstance(k, int)
+        and isinstance(v, (int, float))
+        and not isinstance(v, bool)
+        and abs(v) <= _LARGEST_BIAS
         for k, v in bias.items()
     ):
         raise InvalidRequestError(
-            f"logit_bias must map token ids to numbers, not {bias!r}.",
+            f"logit_bias must map token ids to finite numbers, not {shown(bias)}.",
             field="logit_bias",
             value=bias,
         )
@@ -127,7 +133,7 @@ def _check_ranges(params: SamplingParams) -> None:
         value = getattr(params, name)
         if value is not None and not low <= value <= high:
             raise InvalidRequestError(
-                f"{name} is {value}, outside {low:g} to {high:g}.",
+                f"{name} is {shown(value)}, outside {low:g} to {high:g}.",
                 field=name,
                 value=value,
                 limit=(low, high),
@@ -136,7 +142,7 @@ def _check_ranges(params: SamplingParams) -> None:
         raise InvalidRequestError("top_p must be above 0.", field="top_p", value=0, limit=(0, 1))
     if params.max_tokens is not None and params.min_tokens > params.max_tokens:
         raise InvalidRequestError(
-            f"min_tokens {params.min_tokens} exceeds max_tokens {params.max_tokens}.",
+            f"min_tokens {shown(params.min_tokens)} exceeds max_tokens {shown(params.max_tokens)}.",
             field="min_tokens",
             value=params.min_tokens,
             limit=params.max_tokens,

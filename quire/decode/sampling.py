@@ -115,7 +115,7 @@ def _scatter(
             if 0 <= token < size:
                 at.append(index)
                 ids.append(token)
-                values.append(value)
+                values.append(float(value))
     return at, ids, values
 
 

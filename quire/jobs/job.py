@@ -16,23 +16,26 @@ from quire.errors import InputFileError
 from quire.jobs.journal import Journal, remove
 from quire.jobs.lock import locked
 from quire.jobs.output import Order, fits, is_stream
+from quire.jobs.records import Record, find_files, read_records
+from quire.jobs.rows import PROMPT_COLUMNS
 from quire.jobs.settings import check_settings
-from quire.jobs.source import Record, read_records
 
 
 @dataclass(frozen=True)
 class Job:
     """What to read, with what to run it, and where to write; ``-`` is standard input or output.
 
+    ``source``: files, folders or globs; ``template``: a file, or the text itself.
+
     ``settings`` are those that the results depend on (`quire.jobs.settings`); ``command`` runs the
     job again. ``journal`` None puts it beside the output, for a stream into a temporary folder.
     """
 
-    source: str
+    source: tuple[str, ...]
     output: str
     params: SamplingParams
     model: str = "demo"
-    template: Path | None = None
+    template: str | None = None
     order: Order = "input"
     limit: int | None = None
     seed: int = 0
@@ -44,12 +47,13 @@ class Job:
 
     def records(self) -> Iterator[Record]:
         """The rows of the input. Raises InputFileError."""
-        return read_records(self.source, self.template)
+        columns = PROMPT_COLUMNS if self.template is None else frozenset[str]()
+        return read_records(self.source, columns)
 
     @property
     def rereadable(self) -> bool:
         """Whether the input can be read more than once; a pipe cannot."""
-        return not is_stream(self.source)
+        return not any(is_stream(file) for file in find_files(self.source))
 
     @property
     def journal_path(self) -> Path | None:
@@ -112,13 +116,12 @@ def begin(job: Job, journal: Journal) -> None:
 
 def _check_input(job: Job) -> None:
     """Refuse to write over the input."""
-    try:
-        same = Path(job.output).samefile(job.source)
-    except OSError:
+    path = Path(job.output)
+    if is_stream(job.output) or not path.exists():
         return
-    if same and not is_stream(job.output):
+    if any(path.samefile(file) for file in find_files(job.source) if file != "-"):
         raise InputFileError(
-            f"The results would replace the input {job.source}.",
+            f"The results would replace the input {path}.",
             value=job.output,
             action="Give another name.",
         )

@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
 from quire.errors import InputFileError
 from quire.jobs.journal import Finished, Journal
+from quire.jobs.table import Table, is_table
 
 Order = Literal["input", "completion"]
 Mark = Mapping[str, Any]  # order, bytes and tail of the file; rows: the next index; late: see Lines
@@ -198,8 +199,13 @@ class StreamSink:
             self._stream.close()
 
 
-def open_output(name: str, order: Order, mark: Mark | None) -> Output:
-    """The output called ``name``, to go on from ``mark`` if it can. Raises InputFileError."""
+def open_output(name: str, order: Order, mark: Mark | None, source: Sequence[str]) -> Output:
+    """The output called ``name``, to go on from ``mark`` if it can. Raises InputFileError.
+
+    ``source``: the input's files, whose columns a table keeps.
+    """
+    if is_table(name):
+        return Table(Path(name), source)
     return Lines(StreamSink(name) if is_stream(name) else FileSink(Path(name), mark), order)
 
 

@@ -7,7 +7,7 @@ from itertools import islice
 
 from quire.errors import JournalError
 from quire.jobs.journal import Journal
-from quire.jobs.source import Record
+from quire.jobs.records import Record
 
 _ACTION = (
     "Give the input that the job was begun with; rows may be added at its end. For another one "

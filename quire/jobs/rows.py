@@ -1,28 +1,29 @@
-"""Rows of a batch file: from one input line to a prompt with sampling parameters.
+"""Rows of a batch job: from a record of the input to a prompt with sampling parameters.
 
-Understood are lines in the OpenAI Batch format (``custom_id``, ``url``, ``body``) and plain
-objects with ``prompt``, ``messages`` or ``prompt_token_ids`` beside optional sampling fields.
+Understood are records in the OpenAI Batch format (``custom_id``, ``url``, ``body``) and plain
+ones with ``prompt``, ``messages`` or ``prompt_token_ids`` beside optional sampling fields.
 """
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import Any, Literal
 
-from jinja2 import StrictUndefined, TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from quire.decode.params import PARAM_NAMES, SamplingParams
-from quire.errors import InputFileError, InvalidRequestError
-from quire.jobs.source import Record
+from quire.decode.params import INTEGER_NAMES, PARAM_NAMES, SamplingParams
+from quire.errors import InvalidRequestError, shown
+from quire.jobs.records import Record, parse_json
+from quire.jobs.template import Template
 
 Kind = Literal["completion", "chat"]
 URLS: dict[str, Kind] = {"/v1/completions": "completion", "/v1/chat/completions": "chat"}
 _PROMPTS = ("prompt", "messages", "prompt_token_ids")
+PROMPT_COLUMNS = frozenset({*_PROMPTS, "body"})  # a file of columns needs one without a template
 _IDENTITY = {"custom_id", "id", "method", "url", "body"}
 _CHAT_EXTRAS = {"tools", "documents", "chat_template_kwargs"}
+_ALIASES = {"model", "max_completion_tokens", "top_logprobs"}
 _NO_EFFECT = {"user", "metadata", "store", "service_tier"}  # known, and without meaning here
 _REFUSED = {  # asking for these and not getting them would be a wrong answer
     "response_format": "Structured output is not supported yet.",
@@ -32,6 +33,13 @@ _REFUSED = {  # asking for these and not getting them would be a wrong answer
     "stream": "A batch file has no streams.",
     "tool_choice": "Forced tool calls are not supported yet.",
 }
+_KNOWN = PARAM_NAMES | _IDENTITY | {*_PROMPTS} | _CHAT_EXTRAS | _ALIASES | _NO_EFFECT | {*_REFUSED}
+_JSON_IN_COLUMNS = (PARAM_NAMES | _CHAT_EXTRAS | _ALIASES | {*_PROMPTS, "body"}) - {
+    "prompt",
+    "model",
+}
+_MOST_WARNINGS = 20
+_MOST_SEEN = 1000
 
 
 @dataclass(frozen=True)
@@ -64,8 +72,9 @@ class RowParser:
     """Turns records into rows.
 
     ``defaults``: sampling parameters where a row has none. ``models``: names that a row's
-    ``model`` field may have. ``template``: jinja2 over the columns of a table. ``warn`` is called
-    once for each unknown field. Raises InputFileError for a template that cannot be used.
+    ``model`` field may have. ``warn`` is called once for each unknown field. With ``template``
+    the prompt is made of the record's columns, of which only ``custom_id`` (or ``id``) has a
+    meaning of its own.
     """
 
     def __init__(
@@ -73,54 +82,46 @@ class RowParser:
         defaults: SamplingParams,
         models: frozenset[str],
         warn: Callable[[str], None],
-        template: str | None = None,
+        template: Template | None = None,
     ) -> None:
         self._defaults = defaults
         self._models = models
         self._warn = warn
+        self._template = template
         self._warned: set[str] = set()
-        environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
-        try:
-            self._template = environment.from_string(template or "")
-        except TemplateError as error:
-            raise InputFileError(
-                f"The template cannot be used: {error}.", value=template
-            ) from error
+        self._seen: dict[str, SamplingParams] = {}  # checking them takes longer than all else
 
     def read(self, record: Record) -> Row | BadRow:
         """Decode and check a record. Never raises, whatever the record holds."""
         place = (record.index, record.file, record.line, record.name)
         custom_id = None
         try:
-            fields = _fields(record)
+            fields = record.fields()
             if isinstance(record.raw, dict):
-                fields = self._fill(fields)
+                fields = _without_missing(fields)
             custom_id = _custom_id(record.name, fields)
+            if self._template is not None:
+                prompt = _prompt("completion", {"prompt": self._template.render(fields)})
+                return Row(*place, custom_id, "completion", prompt, self._defaults)
+            if isinstance(record.raw, dict):
+                fields = _from_columns(fields)
             kind, body = self._body(fields)
             return Row(*place, custom_id, kind, _prompt(kind, body), self._params(kind, body))
         except InvalidRequestError as error:
             return BadRow(*place, custom_id, error)
 
-    def _fill(self, columns: dict[str, Any]) -> dict[str, Any]:
-        try:
-            prompt = self._template.render(columns)
-        except (TemplateError, TypeError, ValueError) as error:
-            raise _invalid(f"{error}.", "template", None) from error
-        return {"prompt": prompt, "custom_id": columns.get("custom_id") or None}
-
-    def _body(self, record: dict[str, Any]) -> tuple[Kind, dict[str, Any]]:
-        if "url" not in record and "body" not in record:
-            return ("chat" if "messages" in record else "completion"), record
-        url, body = record.get("url"), record.get("body")
+    def _body(self, fields: dict[str, Any]) -> tuple[Kind, dict[str, Any]]:
+        if "url" not in fields and "body" not in fields:
+            return ("chat" if "messages" in fields else "completion"), fields
+        url, body = fields.get("url"), fields.get("body")
         if not isinstance(url, str) or url not in URLS:
-            raise _invalid(f"url is {url!r}.", "url", url, f"Supported are {' and '.join(URLS)}.")
-        if record.get("method", "POST") != "POST":
-            raise _invalid(
-                f"method is {record['method']!r}.", "method", record["method"], "Use POST."
-            )
+            raise _invalid(f"url is {shown(url)}.", "url", url, f"Known are {' and '.join(URLS)}.")
+        method = fields.get("method", "POST")
+        if method != "POST":
+            raise _invalid(f"method is {shown(method)}.", "method", method, "Use POST.")
         if not isinstance(body, dict):
             raise _invalid("body must be an object.", "body", body)
-        for name in record.keys() - _IDENTITY:
+        for name in fields.keys() - _IDENTITY:
             self._unknown(name)
         return URLS[url], body
 
@@ -129,7 +130,10 @@ class RowParser:
         if model is not None and (not isinstance(model, str) or model not in self._models):
             known = ", ".join(sorted(self._models))
             raise _invalid(
-                f"model is {model!r}; this run serves {known}.", "model", model, "Leave model out."
+                f"model is {shown(model)}; this run serves {known}.",
+                "model",
+                model,
+                "Leave model out.",
             )
         for name, remedy in _REFUSED.items():
             if body.get(name) not in (None, False, "none", {"type": "text"}) and not (
@@ -137,25 +141,34 @@ class RowParser:
             ):
                 raise _invalid(f"{name} is not supported.", name, body[name], remedy)
         chosen = {k: v for k, v in body.items() if k in PARAM_NAMES and v is not None}
-        if "max_completion_tokens" in body and body["max_completion_tokens"] is not None:
+        if body.get("max_completion_tokens") is not None:
             chosen["max_tokens"] = body["max_completion_tokens"]
         if kind == "chat" and isinstance(chosen.get("logprobs"), bool):
             wanted = chosen.pop("logprobs")
             if wanted:
-                chosen["logprobs"] = body.get("top_logprobs", 0)
+                top = body.get("top_logprobs")
+                chosen["logprobs"] = 0 if top is None else top
         if "logit_bias" in chosen:
             chosen["logit_bias"] = _bias(chosen["logit_bias"])
-        expected = (
-            PARAM_NAMES | _IDENTITY | set(_PROMPTS) | _CHAT_EXTRAS | _NO_EFFECT | set(_REFUSED)
-        )
-        for name in body.keys() - expected - {"model", "max_completion_tokens", "top_logprobs"}:
+        for name in body.keys() - _KNOWN:
             self._unknown(name)
-        return replace(self._defaults, **chosen)
+        key = repr(chosen)  # tells 1, 1.0 and true apart
+        params = self._seen.get(key)
+        if params is None:
+            params = replace(self._defaults, **chosen)
+            if len(self._seen) >= _MOST_SEEN:
+                self._seen.clear()
+            self._seen[key] = params
+        return params
 
     def _unknown(self, name: str) -> None:
-        if name not in self._warned:
-            self._warned.add(name)
-            self._warn(f"The field {name!r} is unknown and has no effect.")
+        if name in self._warned or len(self._warned) > _MOST_WARNINGS:
+            return
+        self._warned.add(name)
+        if len(self._warned) <= _MOST_WARNINGS:
+            self._warn(f"The field {shown(name)} is unknown and has no effect.")
+        else:
+            self._warn("There are more unknown fields; they have no effect either.")
 
 
 def _invalid(what: str, field: str | None, value: object, action: str = "") -> InvalidRequestError:
@@ -190,7 +203,9 @@ def _prompt(kind: Kind, body: dict[str, Any]) -> Mapping[str, Any]:
         options = body.get("chat_template_kwargs", {})
         if not isinstance(options, dict) or "messages" in options:
             raise _invalid(
-                "chat_template_kwargs must be an object.", "chat_template_kwargs", options
+                "chat_template_kwargs must be an object without messages.",
+                "chat_template_kwargs",
+                options,
             )
         return {"messages": value, **extras, **options}
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], (str, list)):
@@ -215,19 +230,69 @@ def _bias(value: object) -> dict[int, float]:
         raise _invalid("logit_bias must have token ids as keys.", "logit_bias", value) from error
 
 
-def _fields(record: Record) -> dict[str, Any]:
-    """The record's named values. Raises InvalidRequestError."""
-    raw = record.raw
-    if isinstance(raw, InvalidRequestError):
-        raise raw
-    if isinstance(raw, dict):
-        return raw
-    try:
-        found = json.loads(raw.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise _invalid(f"This is not UTF-8: {error}.", None, raw[:40]) from error
-    except (ValueError, RecursionError) as error:
-        raise _invalid(f"This is not JSON: {error}.", None, raw[:80]) from error
-    if not isinstance(found, dict):
-        raise _invalid("A line must hold a JSON object.", None, found)
+def _without_missing(columns: dict[str, Any]) -> dict[str, Any]:
+    """The same columns with NaN, which some tools write for what is missing, as None.
+
+    Identifiers that are whole numbers in a column with gaps are floats there: they become integers.
+    """
+    found = {
+        name: None if isinstance(value, float) and math.isnan(value) else value
+        for name, value in columns.items()
+    }
+    for name in ("custom_id", "id"):
+        if name in found:
+            found[name] = _whole(found[name]) if found[name] != "" else None
     return found
+
+
+def _from_columns(columns: dict[str, Any]) -> dict[str, Any]:
+    """Columns as the fields of a JSON line would be.
+
+    Left out is what is null, and what is an empty text other than the prompt's. A text where JSON
+    has a number, a list or an object is read as JSON; a whole float where an integer belongs
+    becomes one.
+    """
+    found = {}
+    for name, value in columns.items():
+        if value is None or (value == "" and name != "prompt"):
+            continue
+        if name in _JSON_IN_COLUMNS:
+            value = _from_text(name, value) if isinstance(value, str) else _without_nulls(value)
+            if name in INTEGER_NAMES | {"max_completion_tokens", "top_logprobs"}:
+                value = _whole(value)
+            elif isinstance(value, Decimal):
+                value = float(value)
+        found[name] = value
+    return found
+
+
+def _from_text(name: str, text: str) -> Any:
+    if name in ("stop", "bad_words") and not text.lstrip().startswith("["):
+        return text
+    try:
+        return parse_json(text.lower() if text in ("True", "False") else text)
+    except InvalidRequestError as error:
+        raise _invalid(f"{name} is {shown(text)}. {error.what}", name, text) from error
+
+
+def _whole(value: Any) -> Any:
+    """A float or decimal without a fraction as an integer; anything else as it is."""
+    if isinstance(value, (float, Decimal)) and math.isfinite(value) and value == int(value):
+        return int(value)
+    return value
+
+
+def _without_nulls(value: Any) -> Any:
+    """Nested values without the null fields that a fixed schema has in structs; maps as dicts."""
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list):
+        if value and all(map(_is_pair, value)):
+            return {str(k): _without_nulls(v) for k, v in value if v is not None}
+        return [_without_nulls(v) for v in value]
+    return value
+
+
+def _is_pair(value: object) -> bool:
+    """Whether this is an entry of a map, as Arrow gives it."""
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], (str, int))

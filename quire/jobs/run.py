@@ -21,11 +21,12 @@ from quire.jobs.job import Job, begin, open_job
 from quire.jobs.journal import Finished, Journal
 from quire.jobs.output import open_output
 from quire.jobs.progress import Snapshot, View
+from quire.jobs.records import Record
 from quire.jobs.results import copied_line, result_line, to_json
 from quire.jobs.resume import unfinished, verify
 from quire.jobs.rows import BadRow, Row, RowParser
-from quire.jobs.source import Record, read_template
 from quire.jobs.summary import Summary, peak_rss
+from quire.jobs.template import Template
 from quire.jobs.writer import State, Writer
 
 MOST_WAITING = 1 << 16  # duplicates that wait for rows which are being computed
@@ -222,7 +223,7 @@ def _work(row: Row) -> int:
 def make_parser(job: Job, warn: Callable[[str], None]) -> RowParser:
     """What turns the job's records into rows. Raises InputFileError for a bad template."""
     names = frozenset({job.model, Path(job.model).name})
-    template = read_template(job.template) if job.template is not None else None
+    template = Template.load(job.template) if job.template is not None else None
     return RowParser(job.params, names, warn, template)
 
 
@@ -253,7 +254,9 @@ def run_job(
             left = unfinished(job.records(), journal, job.limit, seen.note)
             first = next(left, None)
             records = chain([first] if first is not None else [], left)
-            with closing(open_output(job.output, job.order, journal.get("exported"))) as output:
+            with closing(
+                open_output(job.output, job.order, journal.get("exported"), job.source)
+            ) as output:
                 begin(job, journal)
                 writer = Writer(Journal(journal.path, durable=journal.durable), journal, output)
                 writer.start()
@@ -270,7 +273,7 @@ def run_job(
             return _summarise(run, state, journal.durable)
     except OSError as error:
         raise InputFileError(
-            f"The run stopped, reading {job.source}: {error.strerror}.",
+            f"The run stopped, reading {' '.join(job.source)}: {error.strerror}.",
             value=job.source,
             action="What is finished is kept; run the same command again.",
         ) from error

@@ -11,7 +11,7 @@ from typing import Any
 
 from quire.decode.params import SamplingParams
 from quire.errors import JournalError
-from quire.jobs.source import read_template
+from quire.jobs.template import read_template
 
 _END_BYTES = 1 << 20
 _SMALL = (".json", ".jinja")
@@ -19,7 +19,7 @@ _WEIGHTS = (".safetensors", ".gguf")
 
 
 def job_settings(
-    folder: Path, params: SamplingParams, template: Path | None, **others: object
+    folder: Path, params: SamplingParams, template: str | None, **others: object
 ) -> dict[str, Any]:
     """All settings by name, as JSON values. ``folder`` is the checkpoint.
 

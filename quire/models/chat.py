@@ -13,7 +13,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from quire.errors import InvalidRequestError
+from quire.errors import InvalidRequestError, shown
 
 
 class _Generation(Extension):
@@ -79,32 +79,31 @@ def _part_text(part: object, where: str) -> str:
         return str(part["text"])
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     raise InvalidRequestError(
-        f"{where}.content has a part of type {kind!r}; only text parts are supported.",
+        f"{where}.content has a part of type {shown(kind)}; only text parts are supported.",
         field="messages",
         value=kind,
     )
 
 
-def render_chat(
-    template: str,
-    messages: object,
-    *,
-    add_generation_prompt: bool = True,
-    bos_token: str = "",
-    eos_token: str = "",
-    **extra: Any,
-) -> str:
-    """The prompt text of a conversation. Raises InvalidRequestError with the template's words."""
+_DEFAULTS = {
+    "add_generation_prompt": True,
+    "bos_token": "",
+    "eos_token": "",
+    "tools": None,
+    "documents": None,
+}
+
+
+def render_chat(template: str, messages: object, /, **variables: Any) -> str:
+    """The prompt text of a conversation. Raises InvalidRequestError with the template's words.
+
+    ``variables``: what the template sees beside the messages, such as ``bos_token``, ``tools`` and
+    ``add_generation_prompt`` (default True).
+    """
     checked = check_messages(messages)
     try:
-        return _compile(template).render(
-            messages=checked,
-            add_generation_prompt=add_generation_prompt,
-            bos_token=bos_token,
-            eos_token=eos_token,
-            **{"tools": None, "documents": None, **extra},
-        )
-    except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
+        return _compile(template).render({**_DEFAULTS, **variables, "messages": checked})
+    except Exception as error:  # whatever a template does with odd values, only this row fails
         raise InvalidRequestError(
             f"The chat template refused the messages: {error}.", field="messages"
         ) from error

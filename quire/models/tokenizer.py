@@ -69,8 +69,23 @@ class Tokenizer:
         )
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Token ids of ``text``, with the tokens that the tokenizer adds if ``special``."""
-        return self._with_bos(self._backend.encode(text, add_special_tokens=special).ids, special)
+        """Token ids of ``text``, with the tokens that the tokenizer adds if ``special``.
+
+        Raises InvalidRequestError for half a surrogate pair, which no UTF-8 text can have.
+        """
+        try:
+            ids = self._backend.encode(text, add_special_tokens=special).ids
+        except TypeError as error:
+            half = next((c for c in text if "\ud800" <= c <= "\udfff"), None)
+            if half is None:
+                raise
+            raise InvalidRequestError(
+                f"The text holds {half!r}, half of a surrogate pair.",
+                field="prompt",
+                value=half,
+                action="Put the whole character there, or none.",
+            ) from error
+        return self._with_bos(ids, special)
 
     def encode_batch(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
         """Many texts, on all cores."""
@@ -87,7 +102,7 @@ class Tokenizer:
         """Text of ``ids``; special tokens are left out."""
         return str(self._backend.decode(list(ids), skip_special_tokens=True))
 
-    def chat_prompt(self, messages: object, **extra: Any) -> str:
+    def chat_prompt(self, messages: object, /, **extra: Any) -> str:
         """The text of a conversation. Raises InvalidRequestError if there is no template."""
         if self.chat_template is None:
             raise InvalidRequestError(
@@ -98,12 +113,10 @@ class Tokenizer:
         return render_chat(
             self.chat_template,
             messages,
-            bos_token=self.bos_token or "",
-            eos_token=self.eos_token or "",
-            **extra,
+            **{"bos_token": self.bos_token or "", "eos_token": self.eos_token or "", **extra},
         )
 
-    def encode_chat(self, messages: object, **extra: Any) -> list[int]:
+    def encode_chat(self, messages: object, /, **extra: Any) -> list[int]:
         """Token ids of a conversation; the template itself writes the special tokens."""
         return self.encode(self.chat_prompt(messages, **extra), special=False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -10,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 FAST = ["--threads", "1", "--kv-memory", "32MiB", "--max-tokens", "8", "--temperature", "0"]
@@ -145,6 +148,45 @@ def test_csv_with_template(tmp_path: Path) -> None:
     assert rows[1]["error"]["line"] == 3
 
 
+def test_a_folder_of_several_formats_to_parquet(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write(folder / "a.jsonl", [{"name": "Anna", "id": 5}, "{broken", {"name": "\ud800", "id": 6}])
+    (folder / "b.csv").write_text('name,text\nBob,"own, text"\n')
+    table = pa.table({"name": ["Cleo", None], "score": [0.5, 1.5]})
+    pq.write_table(table, folder / "c.parquet")
+    data = gzip.compress(b'{"name": "Dora"}\n' * 9)
+    (folder / "d.jsonl.gz").write_bytes(data[:-9])
+    out = tmp_path / "out.parquet"
+    template = "{{ name }} lived by {% if name %}the sea{% endif %}"
+    done = quire("run", folder, "-o", out, "--template", template, *FAST)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    rows = pq.read_table(out).to_pylist()
+    assert [row["name"] for row in rows] == [
+        "Anna", None, "\ufffd", "Bob", "Cleo", None, *["Dora"] * 9, None,
+    ]  # fmt: skip
+    assert [n for n, row in enumerate(rows) if row["error"]] == [1, 2, 15]
+    assert "surrogate" in rows[2]["error"]
+    assert "d.jsonl.gz is damaged after line 9" in rows[15]["error"]
+    assert [row["custom_id"] for row in rows[:5]] == ["5", None, "6", "b.csv:2", "c.parquet:1"]
+    assert [row["score"] for row in rows[3:6]] == [None, 0.5, 1.5]
+    assert rows[3]["input_text"] == "own, text"
+    assert all(row["text"] for row in rows if not row["error"])
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"in", "out.parquet", "out.parquet.journal", "out.parquet.journal.lock"}
+
+
+def test_several_files_and_standard_output(tmp_path: Path) -> None:
+    one = write(tmp_path / "a.jsonl", [{"prompt": "One", "n": 2}, {"prompt": 1}])
+    two = write(tmp_path / "b.jsonl", [{"prompt": "Two", "custom_id": "\ud800"}])
+    done = quire("run", one, two, *FAST)
+    assert done.returncode == 1, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["custom_id"] for row in found] == ["a.jsonl:1", "a.jsonl:2", "\ud800"]
+    assert (found[1]["error"]["file"], found[1]["error"]["line"]) == (str(one), 2)
+
+
 def test_dry_run_plans_only(tmp_path: Path) -> None:
     shared = "The same beginning of every prompt, again and again. " * 4
     source = write(tmp_path / "in.jsonl", [{"prompt": shared + str(i)} for i in range(20)])
@@ -164,12 +206,17 @@ def test_dry_run_plans_only(tmp_path: Path) -> None:
         (["in.jsonl", "--memory", "50MiB"], "Ask for at least --memory"),
         (["in.jsonl", "--memory", "9000GiB"], "Ask for at most --memory"),
         (["in.jsonl", "--temperature", "-1"], "temperature is -1.0"),
-        (["in.csv"], "needs a template"),
-        (["in.gz"], "compressed or binary"),
+        (["in.csv"], "no column prompt; its columns are 'a'"),
+        (["in.gz"], "in.gz cannot be read: the gzip data is cut off"),
+        (["in.csv", "--template", "no.txt"], "template no.txt cannot be read"),
+        (["in.csv", "--template", "{{ a"], "template cannot be used"),
+        (["*.parquet"], "no such file"),
+        (["-", "-o", "out.parquet"], "standard input has none"),
         (["in.jsonl", "-o", "there/out.jsonl"], "cannot be written"),
         (["in.jsonl", "-o", "in.jsonl"], "would replace the input"),
         (["in.jsonl", "-o", "in.csv"], "exists already"),
         (["in.jsonl", "--journal", "in.csv"], "is damaged: file is not a database"),
+        (["in.jsonl", "-o", "there/out.parquet"], "cannot be written"),
         (["long.jsonl", "--on-overlong", "fail"], "the context holds"),
         (["in.jsonl", "-o", "/dev/full"], "No space left on device"),
     ],

@@ -24,6 +24,10 @@ from quire.errors import InvalidRequestError
         ("frequency_penalty", None),
         ("logit_bias", [1]),
         ("logit_bias", {"a": 1}),
+        ("logit_bias", {1: float("nan")}),
+        ("logit_bias", {1: 10**400}),
+        ("top_k", 10**30),
+        ("temperature", 10**400),
         ("seed", "x"),
         ("logprobs", -1),
         ("stop", [""]),
@@ -47,6 +51,12 @@ def test_forms_that_users_write() -> None:
     assert params.top_k == 0
     assert params.bad_words == ("a", "b")
     assert SamplingParams(temperature=0).greedy
+
+
+def test_a_huge_value_makes_a_short_message() -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        SamplingParams(stop=["x" * 10**6, 5])  # type: ignore[arg-type]
+    assert len(str(caught.value)) < 300
 
 
 def test_unknown_fields_are_refused() -> None:

@@ -176,7 +176,7 @@ class Point:
                 time.sleep(slow)
 
             os.chdir(self.folder)
-            job = Job("in.jsonl", "out.jsonl", SamplingParams(), seed=1)
+            job = Job(("in.jsonl",), "out.jsonl", SamplingParams(), seed=1)
             job = Job(**{**vars(job), **self.scenario.changes, **changes})
             run_job(job, lambda: FakeLLM(ask, window=9), view=Lines(sys.stderr), say=lambda _: None)
             (self.folder / "events").write_text(str(killer.count))

@@ -45,7 +45,7 @@ def job(folder: Path, rows: int) -> Job:
     source = folder / "in.jsonl"
     lines = [json.dumps({"prompt": f"row {i} " + "x" * 200}) for i in range(rows)]
     source.write_text("".join(f"{line}\n" for line in lines))
-    return Job(str(source), str(folder / "out.jsonl"), SamplingParams())
+    return Job((str(source),), str(folder / "out.jsonl"), SamplingParams())
 
 
 def run(what: Job, asked: list[str]) -> Summary:

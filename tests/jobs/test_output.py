@@ -53,7 +53,7 @@ def test_the_output_is_the_journal_wherever_a_kill_strikes(
         patch.setattr(module, "_TAIL_BYTES", 64)
         journal.create(exported=None)
         while True:
-            output = open_output(str(path), order, journal.get("exported"))
+            output = open_output(str(path), order, journal.get("exported"), ())
             output.resume(journal)
             if chance.random() < 0.9:
                 journal.set(exported=output.mark({}))
@@ -82,7 +82,7 @@ def test_in_input_order_the_output_ends_before_the_first_gap(tmp_path: Path) -> 
     path = tmp_path / "out.jsonl"
     with Journal(tmp_path / "j") as journal:
         journal.create(exported=None)
-        output = open_output(str(path), "input", None)
+        output = open_output(str(path), "input", None, ())
         output.resume(journal)
         written = []
         for indexes in ([3, 1], [0], [5, 2], [4]):
@@ -97,7 +97,7 @@ def test_an_output_that_was_changed_is_written_again(tmp_path: Path, change: str
     path = tmp_path / "out.jsonl"
     with Journal(tmp_path / "j") as journal:
         journal.create(exported=None)
-        output = open_output(str(path), "input", None)
+        output = open_output(str(path), "input", None, ())
         output.resume(journal)
         commit(journal, output, [1, 0, 2])
         journal.set(exported=output.mark({}))
@@ -110,7 +110,7 @@ def test_an_output_that_was_changed_is_written_again(tmp_path: Path, change: str
         elif change == "changed":
             path.write_bytes(whole[:-4] + b"!!!!")
         order: Order = "completion" if change == "other order" else "input"
-        output = open_output(str(path), order, journal.get("exported"))
+        output = open_output(str(path), order, journal.get("exported"), ())
         output.resume(journal)
         output.close()
     assert path.read_bytes() == whole
@@ -120,7 +120,7 @@ def test_what_is_beyond_the_mark_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     with Journal(tmp_path / "j") as journal:
         journal.create(exported=None)
-        output = open_output(str(path), "completion", None)
+        output = open_output(str(path), "completion", None, ())
         output.resume(journal)
         commit(journal, output, [7])
         mark = output.mark({})
@@ -129,7 +129,7 @@ def test_what_is_beyond_the_mark_is_cut_off(tmp_path: Path) -> None:
         with path.open("a") as file:
             file.write('{"half')
         assert fits(path, mark)
-        output = open_output(str(path), "completion", mark)
+        output = open_output(str(path), "completion", mark, ())
         output.resume(journal)
         output.close()
     assert path.read_text() == f"{row(7).line}\n"
@@ -141,7 +141,7 @@ def test_a_stream_gets_everything_and_at_an_interrupt_what_was_held_back(
     with Journal(tmp_path / "j") as journal:
         journal.create(exported=None)
         journal.add([row(0), row(2)])
-        output = open_output("-", "input", None)
+        output = open_output("-", "input", None, ())
         output.resume(journal)
         commit(journal, output, [4])
         assert capsysbinary.readouterr().out.decode() == f"{row(0).line}\n"
@@ -159,4 +159,4 @@ def test_what_is_a_stream(tmp_path: Path) -> None:
 def test_an_output_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:
     for name in (tmp_path, tmp_path / "no" / "out"):
         with pytest.raises(InputFileError, match="cannot be written"):
-            open_output(str(name), "input", None)
+            open_output(str(name), "input", None, ())

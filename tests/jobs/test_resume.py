@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 import sys
@@ -38,7 +37,7 @@ class Bench:
         self.source = folder / "in.jsonl"
         self.output = folder / "out.jsonl"
         self.job = Job(
-            str(self.source),
+            (str(self.source),),
             str(self.output),
             SamplingParams(),
             seed=3,
@@ -87,7 +86,7 @@ class Bench:
         twin.folder.mkdir()
         shutil.copy(self.source, twin.source)
         # Messages name the input as it was given.
-        job = replace(self.job, source=str(self.source), output=str(twin.output))
+        job = replace(self.job, source=(str(self.source),), output=str(twin.output))
         twin.job = replace(job, **changes)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("quire.jobs.job.time.time", lambda: self.created())
@@ -231,9 +230,10 @@ def test_a_changed_input_is_refused(
 def test_a_pipe_is_compared_as_it_comes(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     def feed(rows: list[Any]) -> None:
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        (bench.folder / "piped").write_text(text)
+        monkeypatch.setattr(sys, "stdin", (bench.folder / "piped").open())
 
-    bench.job = replace(bench.job, source="-")
+    bench.job = replace(bench.job, source=("-",))
     rows = [{"prompt": f"row {i}"} for i in range(20)]
     feed(rows)
     assert bench.run(stop_after=9).state == "interrupted"

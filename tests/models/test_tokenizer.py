@@ -75,6 +75,12 @@ def test_leading_space_of_a_continuation_is_kept() -> None:
     assert Detokenizer(tokenizer, prompt).push(ids) == " a time"
 
 
+def test_half_a_surrogate_pair_is_refused() -> None:
+    with pytest.raises(InvalidRequestError, match=r"'\\ud83d', half of a surrogate pair"):
+        load("demo").encode("a\ud83d")
+    assert load("demo").encode("a\U0001f600")
+
+
 def test_end_tokens_of_all_config_files(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(STORIES, tmp_path / "model"))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))

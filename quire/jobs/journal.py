@@ -1,9 +1,10 @@
 """The journal of a job: what is finished, in one SQLite file that survives a kill at any moment.
 
 ``rows`` holds one row for each finished record of the input and nothing else: what is not there is
-still to be done. ``meta`` holds the job's settings and state as JSON values. The file is in WAL
-mode with synchronous=FULL, so what a transaction wrote is on disk when its commit returns, and
-others may read while a run writes.
+still to be done. They are in the order in which they were finished (``seq``), so that a commit
+writes few pages; an index finds them by their place in the input (``idx``). ``meta`` holds the
+job's settings and state as JSON values. The file is in WAL mode with synchronous=FULL: what a
+transaction wrote is on disk when its commit returns, and others may read while a run writes.
 """
 
 from __future__ import annotations
@@ -14,18 +15,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from quire.errors import JournalError
 
+By = Literal["idx", "seq"]
 FORMAT = 1
 APPLICATION = 0x51756972  # "Quir", in the header that SQLite gives to applications
 BUSY_SECONDS = 30.0  # how long to wait for another process that is writing
 PAGE_ROWS = 1000
-_MOST_ROWS = 1024  # of one INSERT; four values each stay far below SQLite's limit of 32,766
+_MOST_ROWS = 1024  # of one INSERT; five values each stay far below SQLite's limit of 32,766
+_COLUMNS = "idx, digest, key, failed, line"
 _SCHEMA = (
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID",
-    "CREATE TABLE rows (idx INTEGER PRIMARY KEY, digest BLOB, key BLOB, failed INTEGER, line TEXT)",
+    "CREATE TABLE rows (seq INTEGER PRIMARY KEY, idx INTEGER, digest BLOB, key BLOB, "
+    "failed INTEGER, line TEXT)",
+    "CREATE UNIQUE INDEX rows_by_idx ON rows (idx)",
 )
 _NOT_DAMAGED = {  # beginnings of SQLite's names of errors, and what to do
     "SQLITE_FULL": "Make room",
@@ -152,7 +157,7 @@ class Journal:
                 # Few large statements: each one gives Python's lock away and has to get it back.
                 size = min(1 << ((len(rows) - start).bit_length() - 1), _MOST_ROWS)
                 self._db.execute(
-                    f"INSERT INTO rows VALUES {', '.join(['(?, ?, ?, ?, ?)'] * size)}",
+                    f"INSERT INTO rows ({_COLUMNS}) VALUES {', '.join(['(?, ?, ?, ?, ?)'] * size)}",
                     [value for row in rows[start : start + size] for value in row],
                 )
                 start += size
@@ -164,11 +169,10 @@ class Journal:
             self._db.execute("DELETE FROM rows WHERE failed")
             self._put(meta)
 
-    @property
-    def last(self) -> int:
-        """The largest index of a finished row; -1 if there is none."""
+    def last(self, by: By = "idx") -> int:
+        """The largest index, or place in the order of finishing, of a row; -1 if there is none."""
         with self._readable():
-            found = self._one("SELECT max(idx) FROM rows")
+            found = self._one(f"SELECT max({by}) FROM rows")
             return -1 if found is None else int(found)
 
     def line(self, index: int) -> str | None:
@@ -177,12 +181,12 @@ class Journal:
             found = self._one("SELECT line FROM rows WHERE idx = ?", index)
             return None if found is None else str(found)
 
-    def text(self, start: int, stop: int) -> str:
-        """The lines of the finished rows in ``[start, stop)``, in input order, with their ends."""
+    def text(self, start: int, stop: int, by: By = "idx") -> str:
+        """The lines of the rows in ``[start, stop)``, in input order or that of finishing."""
         with self._readable():
             found = self._one(
                 "SELECT group_concat(line, char(10)) FROM "
-                "(SELECT line FROM rows WHERE idx >= ? AND idx < ? ORDER BY idx)",
+                f"(SELECT line FROM rows WHERE {by} >= ? AND {by} < ? ORDER BY {by})",
                 start,
                 stop,
             )
@@ -221,26 +225,30 @@ class Journal:
                 return
 
     def salvage(self, damaged: Callable[[JournalError], None]) -> Iterator[tuple[int, str]]:
-        """Like `lines`; in a damaged file up to the damage, and from behind it to the end.
-
-        ``damaged`` is called when there is damage.
-        """
+        """Like `lines`, but ``damaged`` is called for damage, and what else can be read follows."""
         last = -1
         try:
             for index, line in self.lines():
+                with self._readable():
+                    _check(line)
                 last = index
                 yield index, line
             return
         except JournalError as error:
             damaged(error)
-        behind = None
-        with suppress(sqlite3.DatabaseError):
-            for index, _ in self._db.execute(
-                "SELECT idx, length(line) FROM rows WHERE idx > ? ORDER BY idx DESC", (last,)
-            ):
-                behind = index
-        if behind is not None:
-            yield from self.lines(behind)
+        places: dict[int, int] = {}
+        for order in ("", "DESC"):  # up to the damage, then from the end back to it
+            with suppress(sqlite3.DatabaseError):
+                for index, place in self._db.execute(
+                    f"SELECT idx, seq FROM rows NOT INDEXED ORDER BY seq {order}"
+                ):
+                    if isinstance(index, int) and index > last:
+                        places[index] = place
+        for index in sorted(places):
+            with suppress(sqlite3.DatabaseError):
+                line = self._one("SELECT line FROM rows WHERE seq = ?", places[index])
+                _check(line)
+                yield index, line
 
     def _one(self, statement: str, *values: object) -> Any:
         """The first column of the first row; None if there is no row."""
@@ -283,6 +291,14 @@ class Journal:
                 value=str(self.path),
                 action=START_OVER,
             ) from error
+
+
+def _check(line: object) -> None:
+    """SQLite has no checksums: a damaged page may read as rows. Raises DatabaseError."""
+    try:
+        json.loads(line)  # type: ignore[arg-type]
+    except (ValueError, TypeError) as error:
+        raise sqlite3.DatabaseError("a row holds no result") from error
 
 
 def remove(path: Path) -> None:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
 from quire.errors import InputFileError
-from quire.jobs.journal import Finished, Journal
+from quire.jobs.journal import By, Finished, Journal
 from quire.jobs.table import Table, is_table
 
 Order = Literal["input", "completion"]
-Mark = Mapping[str, Any]  # order, bytes and tail of the file; rows: the next index; late: see Lines
+Mark = Mapping[str, Any]  # order; bytes and tail of the file; next: the row that comes after it
 CHUNK_ROWS = 256  # lines read from the journal at a time
 _TAIL_BYTES = 4096
 
@@ -34,8 +34,8 @@ class Output(Protocol):
         """Rows that have just been committed."""
         ...
 
-    def mark(self, rows: Mapping[int, Finished]) -> Mark | None:
-        """How far the output has got, without ``rows``, which are about to be committed."""
+    def mark(self) -> Mark | None:
+        """How far the output has got."""
         ...
 
     def finish(self, journal: Journal, complete: bool) -> None:
@@ -50,15 +50,15 @@ class Output(Protocol):
 class Lines:
     """JSON lines to a file or a stream.
 
-    In input order a row waits, in the journal alone, until all before it are written. In completion
-    order lines are written as they are committed; ``late`` of the mark are the rows of the commit
-    that recorded it, which are written after it.
+    In completion order these are the rows of the journal in the order of their commits. In input
+    order a row waits, in the journal alone, until all before it are written.
     """
 
     def __init__(self, sink: FileSink | StreamSink, order: Order) -> None:
         self._sink = sink
         self._order = order
-        self._next = 0  # in input order, all rows before this one are written
+        self._by: By = "idx" if order == "input" else "seq"
+        self._next = 0  # all rows before this one are written
         self._early = bytearray()  # one byte for each row from _next on: whether it is committed
 
     def resume(self, journal: Journal) -> None:
@@ -69,35 +69,29 @@ class Lines:
         if mark is None:
             journal.set(exported=None)  # before the file changes: the old mark means nothing now
         self._sink.start(mark)
-        if self._order == "input":
-            self._next = mark["rows"] if mark is not None else 0
+        self._next = mark["next"] if mark is not None else 0
+        if self._by == "idx":
             for index, _, _ in journal.finished(self._next):
                 self._note(index)
             self._advance({}, journal)
-        elif mark is None:
-            self._copy(journal, 0, journal.last + 1)
         else:
-            for index in mark["late"]:
-                self._copy(journal, index, index + 1)
+            self._catch_up(journal)
         self._sink.sync()
 
     def extend(self, rows: Mapping[int, Finished], journal: Journal) -> None:
         """Rows that have just been committed."""
-        if self._order == "input":
+        if self._by == "idx":
             for index in rows:
                 self._note(index)
             self._advance(rows, journal)
         else:
-            self._sink.write("".join(f"{row.line}\n" for row in rows.values()))
+            self._catch_up(journal)
         self._sink.sync()
 
-    def mark(self, rows: Mapping[int, Finished]) -> Mark | None:
-        """How far the output has got, without ``rows``, which are about to be committed."""
+    def mark(self) -> Mark | None:
+        """How far the output has got."""
         place = self._sink.place()
-        if place is None:
-            return None
-        late = [] if self._order == "input" else list(rows)
-        return {"order": self._order, "rows": self._next, "late": late, **place}
+        return None if place is None else {"order": self._order, "next": self._next, **place}
 
     def finish(self, journal: Journal, complete: bool) -> None:
         """A stream gets what was held back: nobody would write it later."""
@@ -116,7 +110,7 @@ class Lines:
         self._early[place] = 1
 
     def _advance(self, rows: Mapping[int, Finished], journal: Journal) -> None:
-        """Write the rows from ``_next`` on that are committed without a gap."""
+        """Write the rows from ``_next`` on as far as there is no gap."""
         gap = self._early.find(0)
         end = self._next + (gap if gap >= 0 else len(self._early))
         start = self._next
@@ -128,9 +122,15 @@ class Lines:
         del self._early[: end - self._next]
         self._next = end
 
+    def _catch_up(self, journal: Journal) -> None:
+        """Write all rows from ``_next`` on."""
+        end = journal.last("seq") + 1
+        self._copy(journal, self._next, end)
+        self._next = max(self._next, end)
+
     def _copy(self, journal: Journal, start: int, stop: int) -> None:
         for first in range(start, stop, CHUNK_ROWS):
-            self._sink.write(journal.text(first, min(first + CHUNK_ROWS, stop)))
+            self._sink.write(journal.text(first, min(first + CHUNK_ROWS, stop), self._by))
 
 
 class FileSink:

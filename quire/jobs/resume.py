@@ -55,7 +55,7 @@ def unfinished(
 
 def verify(records: Iterable[Record], journal: Journal, limit: int | None) -> None:
     """Compare all finished rows with the input, which is read as far as they go."""
-    last = journal.last
+    last = journal.last()
     for record in unfinished(records, journal, limit, lambda *_: None):
         if record.index > last:
             return

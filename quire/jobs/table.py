@@ -30,7 +30,7 @@ class Table:
     def extend(self, rows: Mapping[int, Finished], journal: Journal) -> None:
         """Nothing is written yet."""
 
-    def mark(self, rows: Mapping[int, Finished]) -> None:
+    def mark(self) -> None:
         """There is none: the file is written as a whole."""
 
     def finish(self, journal: Journal, complete: bool) -> None:

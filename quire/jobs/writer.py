@@ -102,7 +102,7 @@ class Writer:
 
     def _write(self, journal: Journal) -> None:
         self._output.resume(journal)
-        journal.set(exported=self._output.mark({}))
+        journal.set(exported=self._output.mark())
         rows, failed = journal.get("counts")
         looked = time.monotonic()
         ending: State | None = None
@@ -119,7 +119,7 @@ class Writer:
                 journal.add(
                     list(batch.values()),
                     counts=[rows, failed],
-                    exported=self._output.mark(batch),
+                    exported=self._output.mark(),
                     updated=time.time(),
                 )
                 self._output.extend(batch, journal)
@@ -127,7 +127,7 @@ class Writer:
                 looked = time.monotonic()
                 self.cancelled = bool(journal.get("cancel"))
         self._output.finish(journal, complete=ending == "done")
-        journal.set(state=ending, exported=self._output.mark({}), updated=time.time())
+        journal.set(state=ending, exported=self._output.mark(), updated=time.time())
 
     def _has_work(self) -> bool:
         full = len(self._waiting) >= COMMIT_ROWS or self._bytes >= COMMIT_BYTES

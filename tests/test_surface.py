@@ -18,7 +18,7 @@ FLAGS = {
         "--policy", "--chunk", "--window", "--context", "--device", "--template", "--order",
         "--on-overlong", "--limit", "--max-tokens", "--temperature", "--top-p", "--top-k",
         "--min-p", "--stop", "--seed", "--dry-run", "--stats", "--overwrite", "--plain",
-        "--deterministic",
+        "--deterministic", "--report", "--log-json", "--log-every", "--metrics-port",
     },
     "convert": {"model", "output", "--weights", "--dtype"},
     "info": {"--model"},

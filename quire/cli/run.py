@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
+from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,10 +14,13 @@ import typer
 
 from quire.api.llm import LLM
 from quire.api.setup import Setup
+from quire.cli.info import machine
 from quire.decode.params import SamplingParams
 from quire.errors import QuireError
 from quire.jobs.dry_run import dry_run
-from quire.jobs.progress import default_view
+from quire.jobs.log import JsonLog, Log, TextLog
+from quire.jobs.recorder import Recorder
+from quire.jobs.report import check_writable, make_report, write_report
 from quire.jobs.run import Job, job_rows, run_job, write_stats
 
 
@@ -48,11 +53,6 @@ class Overlong(StrEnum):
     truncate_left = "truncate-left"
     truncate_right = "truncate-right"
     fail = "fail"
-
-
-def _say(text: str) -> None:
-    """Messages go to standard error; standard output is for data."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def run(
@@ -112,6 +112,17 @@ def run(
         bool, typer.Option("--dry-run", help="Plan only: rows, tokens, savings, time.")
     ] = False,
     stats: Annotated[Path | None, typer.Option(help="Write the summary as JSON.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write a report as an HTML page.")] = None,
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="JSON lines on standard error, for programs.")
+    ] = False,
+    log_every: Annotated[
+        float, typer.Option(min=0, help="Seconds between lines of progress in a log.")
+    ] = 10.0,
+    metrics_port: Annotated[
+        str | None,
+        typer.Option(metavar="[HOST:]PORT", help="Serve Prometheus metrics while running."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing output file.")] = False,
     deterministic: Annotated[
         bool, typer.Option(help="A row's tokens do not depend on the rows beside it (slower).")
@@ -124,6 +135,10 @@ def run(
 
     Exit status: 0 all rows fine, 1 some rows failed, 2 nothing could be run, 130 interrupted.
     """
+    settings = {name: value for name, value in locals().items() if name != "dry"}
+    log: Log = (JsonLog if log_json else TextLog)(sys.stderr, log_every)
+    if log_json:
+        warnings.showwarning = lambda message, *_, **__: log.warn(str(message))
     try:
         params = SamplingParams(
             temperature=temperature,
@@ -146,33 +161,68 @@ def run(
         }
         if dry:
             setup = Setup.make(model, **options)
-            _say(f"Memory\n{setup.budget.table()}")
-            _say(dry_run(setup, job_rows(job, model, _say)).text())
+            log.start(settings, setup.budget)
+            log.plan(dry_run(setup, job_rows(job, model, log.warn)))
             return
-        with LLM(
-            model,
-            **options,
-            kv=kv,
-            policy=policy.value,
-            threads=threads,
-            window=window,
-            seed=seed,
-            on_overlong=on_overlong.value,
-            deterministic=deterministic,
-            plain=plain,
-            on_budget=lambda table: _say(f"Memory\n{table}"),
-        ) as llm:
-            loaded = time.perf_counter() - started
-            summary = run_job(job, llm, load_seconds=loaded, view=default_view(), warn=_say)
-        _say(summary.text())
+        recorder = Recorder(on_failure=log.failed)
+        if report is not None:
+            check_writable(report)
+        with (
+            _metrics(metrics_port, recorder),
+            LLM(
+                model,
+                **options,
+                kv=kv,
+                policy=policy.value,
+                threads=threads,
+                window=window,
+                seed=seed,
+                on_overlong=on_overlong.value,
+                deterministic=deterministic,
+                plain=plain,
+                on_budget=lambda budget: log.start(settings, budget),
+            ) as llm,
+        ):
+            summary = run_job(
+                job,
+                llm,
+                load_seconds=time.perf_counter() - started,
+                view=log.view(),
+                warn=log.warn,
+                recorder=recorder,
+            )
+        log.summary(summary)
         if stats is not None:
             write_stats(summary, stats)
+        if report is not None:
+            page = make_report(
+                summary,
+                recorder,
+                settings=settings,
+                budget=llm.setup.budget,
+                machine=machine(),
+                decode=llm.tokenizer.decode,
+            )
+            write_report(report, page)
     except QuireError as error:
-        _say(f"quire: {error}")
+        log.error(error)
         raise typer.Exit(2) from error
     if summary.interrupted:
         raise typer.Exit(130)
     if summary.rows_ok + summary.rows_failed == 0:
-        _say(f"quire: {source} has no rows.")
+        log.warn(f"quire: {source} has no rows.")
     if summary.rows_failed:
         raise typer.Exit(1)
+
+
+def _metrics(address: str | None, recorder: Recorder) -> AbstractContextManager[object]:
+    if address is None:
+        return nullcontext()
+    try:
+        from quire.jobs.metrics import serve_metrics
+    except ImportError as error:
+        raise QuireError(
+            "--metrics-port needs prometheus-client, which is not installed.",
+            action="pip install 'quire[metrics]'",
+        ) from error
+    return serve_metrics(address, recorder)

@@ -15,11 +15,13 @@ from typing import IO, Any, Literal
 import psutil
 
 from quire.api.llm import LLM
+from quire.api.outputs import Stats
 from quire.api.setup import Prompt
 from quire.decode.params import SamplingParams
 from quire.engine.budget import format_bytes
 from quire.errors import InputFileError
 from quire.jobs.progress import Snapshot, View, format_seconds
+from quire.jobs.recorder import Recorder
 from quire.jobs.results import Ordered, result_line
 from quire.jobs.rows import BadRow, Row, RowParser
 from quire.jobs.source import read_rows
@@ -110,14 +112,18 @@ class Summary:
 class _Run:
     """The bookkeeping of one run."""
 
-    def __init__(self, llm: LLM, job: Job, write: Callable[[str], object]) -> None:
+    def __init__(
+        self, llm: LLM, job: Job, write: Callable[[str], object], recorder: Recorder
+    ) -> None:
         self.llm = llm
+        self.recorder = recorder
         self.out = Ordered(write, job.order == "input")
         self.pending: dict[int, tuple[int, Row]] = {}  # request id -> input index, row
         self.total: int | None = None
         self.ok = self.failed = self.tokens = 0
         self.work_known = self.work_done = 0
         self.started = time.perf_counter()
+        recorder.start(llm.stats)
 
     def requests(self, rows: Iterator[Row | BadRow]) -> Iterator[tuple[Prompt, SamplingParams]]:
         """Feed the good rows to the engine; the bad ones go straight to the output."""
@@ -125,20 +131,25 @@ class _Run:
         for index, row in enumerate(rows, start=1):
             if isinstance(row, BadRow):
                 self.failed += 1
+                self.recorder.row(row.line, row.custom_id, 0, (), row.error)
                 self.out.put(index - 1, self.line(row, None))
                 continue
             self.pending[request] = (index - 1, row)
             self.work_known += _work(row)
             request += 1
             yield row.prompt, row.params
-        self.total = index
+        self.total = self.recorder.rows_total = index
 
     def line(self, row: Row | BadRow, output: Any) -> dict[str, Any]:
         return result_line(row, output, self.llm.model, self.llm.tokenizer.token_text)
 
     def execute(self, rows: Iterator[Row | BadRow], view: View) -> None:
+        def on_step(stats: Stats) -> None:
+            self.recorder.step(stats)
+            view.show(self.snapshot)
+
         found = self.llm.generate_iter(
-            self.requests(rows), on_step=lambda _: view.show(self.snapshot)
+            self.requests(rows), on_step=on_step, on_groups=self.recorder.groups
         )
         for output in found:
             index, row = self.pending.pop(output.request_id)
@@ -148,8 +159,11 @@ class _Run:
                 self.ok += 1
             else:
                 self.failed += 1
-            self.tokens += len(output.prompt_token_ids)
-            self.tokens += sum(len(sample.token_ids) for sample in output.outputs)
+            lengths = [len(sample.token_ids) for sample in output.outputs]
+            self.tokens += len(output.prompt_token_ids) + sum(lengths)
+            self.recorder.row(
+                row.line, row.custom_id, len(output.prompt_token_ids), lengths, output.error
+            )
 
     def snapshot(self) -> Snapshot:
         return Snapshot(
@@ -159,6 +173,7 @@ class _Run:
             self.total,
             self.tokens,
             self.work_done / self.work_known if self.work_known else 0.0,
+            self.recorder.stats.saved_share,
         )
 
 
@@ -176,7 +191,13 @@ def job_rows(job: Job, model: str, warn: Callable[[str], None]) -> Iterator[Row 
 
 
 def run_job(
-    job: Job, llm: LLM, *, load_seconds: float, view: View, warn: Callable[[str], None]
+    job: Job,
+    llm: LLM,
+    *,
+    load_seconds: float,
+    view: View,
+    warn: Callable[[str], None],
+    recorder: Recorder,
 ) -> Summary:
     """Run all rows; returns when every result is written.
 
@@ -187,7 +208,7 @@ def run_job(
     try:
         with ExitStack() as stack:
             stream = _open_output(job, stack)
-            run = _Run(llm, job, stream.write)
+            run = _Run(llm, job, stream.write, recorder)
             stack.callback(stream.flush)
             stack.callback(run.out.flush_early)
             try:

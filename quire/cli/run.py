@@ -121,7 +121,7 @@ def run(
     ] = 10.0,
     metrics_port: Annotated[
         str | None,
-        typer.Option(metavar="[HOST:]PORT", help="Serve Prometheus metrics while running."),
+        typer.Option(help="Serve Prometheus metrics meanwhile: PORT or HOST:PORT."),
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing output file.")] = False,
     deterministic: Annotated[

@@ -58,6 +58,7 @@ class Instant:
         requests: Iterable[tuple[Any, SamplingParams]],
         *,
         on_step: Callable[[Stats], None] | None = None,
+        on_groups: object = None,  # noqa: ARG002
     ) -> Generator[RequestOutput, None, None]:
         """One output for each request."""
         source = enumerate(requests)

@@ -22,6 +22,7 @@ FLAGS = {
         "--min-p", "--stop", "--seed", "--dry-run", "--stats", "--journal", "--fresh", "--dedupe",
         "--plain",
         "--deterministic",
+        "--report", "--log-json", "--log-every", "--metrics-port",
     },
     "convert": {"model", "output", "--weights", "--dtype"},
     "info": {"--model"},

@@ -17,6 +17,7 @@ from quire.api.outputs import CompletionOutput, RequestOutput, Stats
 from quire.api.setup import DTYPES, Prompt, Setup
 from quire.decode.params import SamplingParams
 from quire.decode.rng import row_seed
+from quire.engine.budget import Budget
 from quire.engine.engine import Engine
 from quire.engine.request import EngineRequest, EngineResult
 from quire.engine.watchdog import Watchdog
@@ -31,11 +32,13 @@ from quire.kernels import native
 from quire.kv.method import Recipe
 from quire.kv.recipes import parse as parse_recipe
 from quire.models.loader import load_model
+from quire.schedule.groups import Group, largest_groups
 from quire.schedule.policies import POLICIES
 
 Numbered = tuple[int, tuple[Prompt, SamplingParams]]
 Prepared = tuple[RequestOutput, EngineRequest | None]
 Overlong = Literal["error", "truncate-left", "truncate-right", "fail"]
+LARGEST_GROUPS = 64  # of a window, for `on_groups`
 
 
 class LLM:
@@ -50,8 +53,8 @@ class LLM:
     all forms). ``deterministic``: a request's tokens do not depend on what it is batched with.
     ``kv``: a recipe of KV methods, such as ``"snapkv(budget=1024)+kivi(bits=2)"`` (docs/kv.md).
     ``plain`` uses PyTorch alone and the reference attention, for the whole process until the next
-    LLM is made. ``stall_seconds``: a step longer than that is a fault. ``on_budget`` receives the
-    memory table before weights are loaded.
+    LLM is made. ``stall_seconds``: a step longer than that is a fault. ``on_budget`` receives
+    the shares of memory before weights are loaded.
 
     Raises ModelError, MemoryBudgetError or InvalidRequestError (a bad option).
     """
@@ -76,7 +79,7 @@ class LLM:
         deterministic: bool = False,
         plain: bool = False,
         stall_seconds: float = 600.0,
-        on_budget: Callable[[str], None] | None = None,
+        on_budget: Callable[[Budget], None] | None = None,
     ) -> None:
         _check_option("policy", policy, POLICIES)
         _check_option("dtype", dtype, [None, *DTYPES])
@@ -103,7 +106,7 @@ class LLM:
             device=device,
         )
         if on_budget is not None:
-            on_budget(self.setup.budget.table())
+            on_budget(self.setup.budget)
         self.model = str(model)
         self.policy = policy
         self.tokenizer = self.setup.tokenizer
@@ -167,12 +170,15 @@ class LLM:
             prompt_tokens=counters.prompt_asked,
             computed_tokens=counters.prompt_computed,
             recomputed_tokens=counters.recomputed,
+            decode_tokens=counters.output_computed,
             output_tokens=counters.output,
             preemptions=counters.preemptions,
             plan_seconds=times.insert + times.plan,
             model_seconds=times.model,
             sample_seconds=times.sample,
+            step_seconds=times.plan + times.model + times.sample,
             kv_bytes=world.pool.pages * engine.limits.page_bytes,
+            kv_used_bytes=world.pool.used_pages * engine.limits.page_bytes,
             peak_kv_bytes=world.pool.peak_pages * engine.limits.page_bytes,
         )
 
@@ -217,11 +223,13 @@ class LLM:
         requests: Iterable[tuple[Prompt, SamplingParams]],
         *,
         on_step: Callable[[Stats], None] | None = None,
+        on_groups: Callable[[list[Group]], None] | None = None,
     ) -> Generator[RequestOutput, None, None]:
         """Yield each request's output as it finishes; ``request_id`` is its place in the input.
 
         ``requests`` is read window by window, one ahead, so that it may be longer than memory;
-        another thread reads and tokenizes it. ``on_step`` is called after every step.
+        another thread reads and tokenizes it. ``on_step`` is called after every step,
+        ``on_groups`` with the prefixes that save most whenever a window is planned.
         """
         engine = self.engine
         source = enumerate(requests)
@@ -235,7 +243,7 @@ class LLM:
                         window = ahead.result()
                         last = len(window) < self.window
                         ahead = None if last else reader.submit(self._prepare, source)
-                        yield from self._add(window, known)
+                        yield from self._add(window, known, on_groups)
                     if not engine.unfinished:
                         continue
                     watchdog.start()
@@ -277,12 +285,17 @@ class LLM:
         return window
 
     def _add(
-        self, window: list[Prepared], known: dict[int, RequestOutput]
+        self,
+        window: list[Prepared],
+        known: dict[int, RequestOutput],
+        on_groups: Callable[[list[Group]], None] | None,
     ) -> Iterator[RequestOutput]:
         """Hand a window to the engine; yields the requests that cannot run."""
         yield from (output for output, request in window if request is None)
         known.update({request.id: output for output, request in window if request is not None})
-        self.engine.add(request for _, request in window if request is not None)
+        added = self.engine.add(request for _, request in window if request is not None)
+        if on_groups is not None:
+            on_groups(largest_groups((seq.leaf for seq in added), LARGEST_GROUPS))
 
     def _request(self, index: int, ids: list[int], params: SamplingParams) -> EngineRequest:
         context = self.setup.limits.context

@@ -42,11 +42,14 @@ class RequestOutput:
 
 @dataclass(frozen=True)
 class Stats:
-    """Work done since the LLM was made. Tokens, bytes, seconds.
+    """Work done since the LLM was made: running totals but for ``running``, ``waiting`` (sequences)
+    and ``kv_used_bytes``, which hold now. Tokens, bytes, seconds.
 
-    ``prompt_tokens`` counts every sample's prompt as if nothing were shared; ``computed_tokens``
-    is what was computed of them, ``recomputed_tokens`` the part computed again after preemption.
-    ``plan_seconds`` is the planner's and scheduler's share.
+    ``prompt_tokens`` counts the prompt of every sample that has an output, as if nothing were
+    shared; ``computed_tokens`` is what was computed of prompts, ``recomputed_tokens`` the part
+    computed again after preemption; ``decode_tokens`` is what was computed of outputs.
+    ``plan_seconds`` is the planner's and scheduler's share, ``step_seconds`` the steps' without
+    the planning of windows. ``kv_bytes`` is the size of the KV pool.
     """
 
     steps: int = 0
@@ -55,15 +58,23 @@ class Stats:
     prompt_tokens: int = 0
     computed_tokens: int = 0
     recomputed_tokens: int = 0
+    decode_tokens: int = 0
     output_tokens: int = 0
     preemptions: int = 0
     plan_seconds: float = 0.0
     model_seconds: float = 0.0
     sample_seconds: float = 0.0
+    step_seconds: float = 0.0
     kv_bytes: int = 0
+    kv_used_bytes: int = 0
     peak_kv_bytes: int = 0
 
     @property
     def saved_tokens(self) -> int:
         """Prompt tokens that sharing saved."""
         return max(0, self.prompt_tokens - self.computed_tokens)
+
+    @property
+    def saved_share(self) -> float:
+        """The part of the prompt tokens that sharing saved, 0 to 1."""
+        return self.saved_tokens / self.prompt_tokens if self.prompt_tokens else 0.0

@@ -27,7 +27,7 @@ def info(
     """Say which kernels are live and why, and what a model would take."""
     try:
         native.configure()
-        for name, value in _machine():
+        for name, value in machine():
             print(f"{name:<12}{value}")
         if model is not None:
             for name, value in _model(Setup.make(model)):
@@ -37,7 +37,8 @@ def info(
         raise typer.Exit(2) from error
 
 
-def _machine() -> list[tuple[str, str]]:
+def machine() -> list[tuple[str, str]]:
+    """What is installed and what the machine has, as names and texts."""
     memory = psutil.virtual_memory()
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return [

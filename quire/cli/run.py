@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import sys
+import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from enum import StrEnum
 from itertools import islice
@@ -14,11 +16,14 @@ import typer
 
 from quire.api.llm import LLM
 from quire.api.setup import Setup, model_folder
+from quire.cli.info import machine
 from quire.decode.params import SamplingParams
 from quire.errors import QuireError
 from quire.jobs.dry_run import dry_run
 from quire.jobs.job import Job
-from quire.jobs.progress import default_view
+from quire.jobs.log import JsonLog, Log, TextLog
+from quire.jobs.recorder import Recorder
+from quire.jobs.report import check_writable, make_report, write_report
 from quire.jobs.run import make_parser, run_job
 from quire.jobs.settings import job_settings
 from quire.jobs.summary import write_stats
@@ -54,11 +59,6 @@ class Overlong(StrEnum):
     truncate_left = "truncate-left"
     truncate_right = "truncate-right"
     fail = "fail"
-
-
-def _say(text: str) -> None:
-    """Messages go to standard error; standard output is for data."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def run(
@@ -137,6 +137,17 @@ def run(
             help="Compute equal rows once if their answers must be equal; --no-dedupe: each."
         ),
     ] = True,
+    report: Annotated[Path | None, typer.Option(help="Write a report as an HTML page.")] = None,
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="JSON lines on standard error, for programs.")
+    ] = False,
+    log_every: Annotated[
+        float, typer.Option(min=0, help="Seconds between lines of progress in a log.")
+    ] = 10.0,
+    metrics_port: Annotated[
+        str | None,
+        typer.Option(help="Serve Prometheus metrics meanwhile: PORT or HOST:PORT."),
+    ] = None,
     deterministic: Annotated[
         bool, typer.Option(help="A row's tokens do not depend on the rows beside it (slower).")
     ] = False,
@@ -149,6 +160,10 @@ def run(
     Exit status: 0 all rows fine, 1 some rows failed, 2 nothing could be run, 130 interrupted.
     """
     signal.signal(signal.SIGTERM, _interrupt)
+    given = {name: value for name, value in locals().items() if name != "dry"}
+    log: Log = (JsonLog if log_json else TextLog)(sys.stderr, log_every)
+    if log_json:
+        warnings.showwarning = lambda message, *_, **__: log.warn(str(message))
     try:
         params = SamplingParams(
             temperature=temperature,
@@ -183,10 +198,10 @@ def run(
         )
         if dry:
             setup = Setup.make(model, **options)
-            _say(f"Memory\n{setup.budget.table()}")
-            parser = make_parser(job, _say)
+            log.start(given, setup.budget)
+            parser = make_parser(job, log.warn)
             rows = (parser.read(record) for record in islice(job.records(), limit))
-            _say(dry_run(setup, rows).text())
+            log.plan(dry_run(setup, rows))
             return
         folder = model_folder(model)
         settings = job_settings(
@@ -203,39 +218,68 @@ def run(
             plain=plain,
             seed=seed,
         )
-        summary = run_job(
-            replace(job, settings=settings),
-            lambda: LLM(
-                model,
-                **options,
-                kv=kv,
-                policy=policy.value,
-                threads=threads,
-                window=window,
-                seed=seed,
-                on_overlong=on_overlong.value,
-                deterministic=deterministic,
-                plain=plain,
-                on_budget=lambda table: _say(f"Memory\n{table}"),
-            ),
-            view=default_view(),
-            say=_say,
-        )
-        _say(summary.text())
+        recorder = Recorder(on_failure=log.failed)
+        if report is not None:
+            check_writable(report)
+        with _metrics(metrics_port, recorder):
+            summary = run_job(
+                replace(job, settings=settings),
+                lambda: LLM(
+                    model,
+                    **options,
+                    kv=kv,
+                    policy=policy.value,
+                    threads=threads,
+                    window=window,
+                    seed=seed,
+                    on_overlong=on_overlong.value,
+                    deterministic=deterministic,
+                    plain=plain,
+                    on_budget=lambda budget: log.start(given, budget),
+                ),
+                view=log.view(),
+                say=log.warn,
+                recorder=recorder,
+            )
+        log.summary(summary)
         if stats is not None:
             write_stats(summary, stats)
+        if report is not None:
+            setup = Setup.make(model, **options)
+            page = make_report(
+                summary,
+                recorder,
+                settings=given,
+                budget=setup.budget,
+                machine=machine(),
+                decode=setup.tokenizer.decode,
+            )
+            write_report(report, page)
     except QuireError as error:
-        _say(f"quire: {error}")
+        log.error(error)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:  # before there was anything to run, or a second one
-        _say("Interrupted")
+        log.warn("Interrupted")
         raise typer.Exit(130) from error
     if summary.state != "done":
         raise typer.Exit(130)
     if summary.rows == 0:
-        _say(f"quire: {' '.join(source)} has no rows.")
+        log.warn(f"quire: {' '.join(source)} has no rows.")
     if summary.rows_failed:
         raise typer.Exit(1)
+
+
+def _metrics(address: str | None, recorder: Recorder) -> AbstractContextManager[object]:
+    if address is None:
+        return nullcontext()
+    try:
+        from quire.jobs.metrics import serve_metrics
+    except ImportError as error:
+        raise QuireError(
+            "--metrics-port needs prometheus-client, which is not installed.",
+            action="pip install 'quire[metrics]'",
+        ) from error
+    return serve_metrics(address, recorder)
 
 
 def _interrupt(*_: object) -> None:

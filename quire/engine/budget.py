@@ -48,16 +48,20 @@ class Budget:
     kv: int
     kv_token: int
 
-    def table(self) -> str:
-        """The budget as lines of text."""
-        rows = [
+    def parts(self) -> list[tuple[str, int, str]]:
+        """Name, bytes and note of every share, and last of their sum."""
+        return [
             ("weights", self.weights, ""),
             ("workspace", self.workspace, "activations and logits of one step"),
             ("reserve", self.reserve, "Python, libraries, rows in flight"),
             ("KV cache", self.kv, f"{self.kv // self.kv_token:,} tokens"),
             ("asked", self.asked, f"{format_bytes(self.available)} available"),
         ]
-        return "\n".join(f"  {n:<10}{format_bytes(b):>12}  {note}".rstrip() for n, b, note in rows)
+
+    def table(self) -> str:
+        """The budget as lines of text."""
+        lines = [f"  {n:<10}{format_bytes(b):>12}  {note}".rstrip() for n, b, note in self.parts()]
+        return "\n".join(lines)
 
 
 def workspace_bytes(spec: ModelSpec, chunk: int, dtype: torch.dtype) -> int:

@@ -118,8 +118,11 @@ class Engine:
         """Sequences that have not started."""
         return len(self.world.state.waiting)
 
-    def add(self, requests: Iterable[EngineRequest]) -> None:
-        """Add requests as one planning window. Raises PromptTooLongError for one beyond limits."""
+    def add(self, requests: Iterable[EngineRequest]) -> list[Seq]:
+        """Add requests as one planning window; returns their sequences.
+
+        Raises PromptTooLongError for one beyond limits.
+        """
         started = time.perf_counter()
         batch = list(requests)
         if self.keeper is not None and self.keeper.recipe.shorten is not None:
@@ -140,6 +143,7 @@ class Engine:
             pending.sequences.append(seq)
             self._live[seq.id] = self._new_live(seq, pending.request)
         self.times.insert += time.perf_counter() - started
+        return added
 
     def _shorten(self, request: EngineRequest, method: Shorten) -> EngineRequest:
         if request.params.prompt_logprobs is not None:
@@ -262,6 +266,7 @@ class Engine:
         """Append a sampled token; returns the request's result if that finished it."""
         if not seq.output:
             seq.leaf.ends -= 1
+            self.world.counters.prompt_asked += len(seq.prompt)
         seq.output.append(token)
         self.world.counters.output += 1
         live = self._live[seq.id]

@@ -35,8 +35,9 @@ class Work:
 class Counters:
     """What happened so far. Tokens unless said otherwise."""
 
-    prompt_asked: int = 0  # prompt tokens of all sequences, as if nothing were shared
+    prompt_asked: int = 0  # prompt tokens of sequences with an output, as if nothing were shared
     prompt_computed: int = 0  # prompt tokens computed, recomputation included
+    output_computed: int = 0  # output tokens computed, recomputation included
     recomputed: int = 0  # tokens computed again after preemption or eviction
     output: int = 0
     preemptions: int = 0  # events
@@ -66,7 +67,6 @@ class World:
                 self.tree.retain(leaf)
                 added.append(Sequence(self._next_sequence, request, sample, prompt, leaf, max_new))
                 self._next_sequence += 1
-                self.counters.prompt_asked += len(prompt)
         waiting = self.policy.arrange(self.tree, [*self.state.waiting, *added])
         self.state.waiting.clear()
         self.state.waiting.extend(waiting)
@@ -226,6 +226,7 @@ class World:
     def _extend(self, seq: Sequence, count: int) -> Work:
         done = seq.tail.length
         slots = self.pool.append(seq.tail, count)
+        self.counters.output_computed += count
         path = seq.leaf.path()
         before = tuple((p.segment, p.kv_start) for p in path if p.segment is not None)
         key = (*(p.id for p in path), _SEQUENCE_KEY + seq.id)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from typing import IO, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-LINE_SECONDS = 10.0
 BAR_SECONDS = 0.1
 
 
@@ -21,7 +19,8 @@ class Snapshot:
     """Where a run stands. ``rows_total`` is None while the input is still being read.
 
     ``tokens``: prompt and output tokens of what is finished. ``share``: the part of the work read
-    so far that is finished, by estimated tokens, 0 to 1.
+    so far that is finished, by estimated tokens, 0 to 1; ``saved`` the part of the prompt tokens so
+    far that sharing saved, 0 to 1.
     """
 
     seconds: float
@@ -30,6 +29,7 @@ class Snapshot:
     rows_total: int | None
     tokens: int
     share: float
+    saved: float
 
     @property
     def rate(self) -> float:
@@ -49,7 +49,9 @@ class Snapshot:
         left = self.remaining
         ending = f", about {format_seconds(left)} left" if left is not None else ""
         failed = f", {self.rows_failed} failed" if self.rows_failed else ""
-        return f"{self.rows_done}{total} rows{failed}, {self.rate:,.0f} tokens/s{ending}"
+        saved = f", {100 * self.saved:.0f}% of prompts saved" if self.saved else ""
+        speed = f"{self.rate:,.0f} tokens/s"
+        return f"{self.rows_done}{total} rows{failed}, {speed}{saved}{ending}"
 
 
 def format_seconds(seconds: float) -> str:
@@ -83,10 +85,11 @@ class View(Protocol):
 
 
 class Lines:
-    """A plain line every few seconds, for logs."""
+    """A plain line every ``seconds``, for logs."""
 
-    def __init__(self, stream: IO[str]) -> None:
+    def __init__(self, stream: IO[str], seconds: float) -> None:
         self._stream = stream
+        self._seconds = seconds
         self._last = time.monotonic()
 
     def __enter__(self) -> Lines:
@@ -97,7 +100,7 @@ class Lines:
 
     def show(self, snapshot: Callable[[], Snapshot]) -> None:
         """Print a line if it is time."""
-        if time.monotonic() - self._last >= LINE_SECONDS:
+        if time.monotonic() - self._last >= self._seconds:
             self._last = time.monotonic()
             print(snapshot().text(), file=self._stream, flush=True)
 
@@ -135,8 +138,3 @@ class Bar:
             completed=now.share,
             total=1.0 if now.rows_total is not None else None,
         )
-
-
-def default_view(stream: IO[str] = sys.stderr) -> View:
-    """A bar on a terminal, lines elsewhere."""
-    return Bar(stream) if stream.isatty() else Lines(stream)

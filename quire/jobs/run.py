@@ -21,6 +21,7 @@ from quire.jobs.job import Job, begin, open_job
 from quire.jobs.journal import Finished, Journal
 from quire.jobs.output import open_output
 from quire.jobs.progress import Snapshot, View
+from quire.jobs.recorder import Failure, Recorder
 from quire.jobs.records import Record
 from quire.jobs.results import copied_line, result_line, to_json
 from quire.jobs.resume import unfinished, verify
@@ -28,7 +29,9 @@ from quire.jobs.rows import BadRow, Row, RowParser
 from quire.jobs.summary import Summary, peak_rss
 from quire.jobs.template import Template
 from quire.jobs.writer import State, Writer
+from quire.schedule.groups import Group
 
+_ERROR_FIELDS = ("code", "field", "message")
 MOST_WAITING = 1 << 16  # duplicates that wait for rows which are being computed
 
 
@@ -60,6 +63,7 @@ class Backend(Protocol):
         requests: Iterable[tuple[Prompt, SamplingParams]],
         *,
         on_step: Callable[[Stats], None] | None = None,
+        on_groups: Callable[[list[Group]], None] | None = None,
     ) -> Generator[RequestOutput, None, None]:
         """Yield each request's output as it finishes, as `LLM.generate_iter` does."""
         ...
@@ -77,8 +81,11 @@ class _Asked(NamedTuple):
 class _Run:
     """The bookkeeping of one run. `requests` is read by another thread than `execute`'s."""
 
-    def __init__(self, job: Job, journal: Journal, writer: Writer, seen: Seen) -> None:
+    def __init__(
+        self, job: Job, journal: Journal, writer: Writer, seen: Seen, recorder: Recorder
+    ) -> None:
         self.job = job
+        self.recorder = recorder
         self.writer = writer
         self.seen = seen  # used by the reading thread alone
         self.created: int = journal.get("created")
@@ -86,7 +93,7 @@ class _Run:
         self.lock = Lock()  # over what follows
         self.copies: dict[int, list[_Asked]] = {}  # waiting for the row that is computed, by index
         self.waiting = self.duplicates = 0
-        self.rows_before = writer.rows
+        self.rows_before = recorder.rows_before = writer.rows
         self.rows_total: int | None = None
         self.tokens = self.work_known = self.work_done = 0
         self.backend: Backend | None = None
@@ -106,14 +113,18 @@ class _Run:
             self.backend = backend
             self.started = time.perf_counter()
             self.load_seconds = self.started - began
+            self.recorder.start(backend.stats)
 
-            def on_step(_: Stats) -> None:
+            def on_step(stats: Stats) -> None:
+                self.recorder.step(stats)
                 self.writer.check()
                 view.show(self.snapshot)
 
             try:
-                asked = self.requests(rows)
-                with view, closing(backend.generate_iter(asked, on_step=on_step)) as found:
+                outputs = backend.generate_iter(
+                    self.requests(rows), on_step=on_step, on_groups=self.recorder.groups
+                )
+                with view, closing(outputs) as found:
                     for output in found:
                         self.finish(output)
             finally:
@@ -128,6 +139,7 @@ class _Run:
         for record, row in rows:
             count += 1
             if isinstance(row, BadRow):
+                self.recorder.row(row.line, row.custom_id, 0, (), row.error)
                 line = self.line(row, None)
                 self.writer.put(Finished(record.index, record.digest, None, True, line))
                 continue
@@ -139,7 +151,7 @@ class _Run:
             self.work_known += _work(row)
             request += 1
             yield row.prompt, self.seeded(row.params, record.index)
-        self.rows_total = self.rows_before + count
+        self.rows_total = self.recorder.rows_total = self.rows_before + count
 
     def seeded(self, params: SamplingParams, index: int) -> SamplingParams:
         """A row's tokens must not depend on the run that computes it."""
@@ -183,14 +195,31 @@ class _Run:
         for copy in copies:
             self.copy(line, copy)
         self.work_done += _work(row)
-        self.tokens += len(output.prompt_token_ids)
-        self.tokens += sum(len(sample.token_ids) for sample in output.outputs)
+        lengths = [len(sample.token_ids) for sample in output.outputs]
+        self.tokens += len(output.prompt_token_ids) + sum(lengths)
+        self.recorder.row(
+            row.line, row.custom_id, len(output.prompt_token_ids), lengths, output.error
+        )
         self.writer.check()
 
     def copy(self, first: str, asked: _Asked) -> None:
         """Give a row the answer of an equal one."""
         line = copied_line(first, asked.row)
-        failed = line["error"] is not None
+        error = line["error"]
+        failed = error is not None
+        if failed:
+            self.recorder.fail(
+                Failure(asked.row.line, asked.row.custom_id, *map(error.get, _ERROR_FIELDS))
+            )
+        else:
+            usage = line["response"]["body"]["usage"]
+            self.recorder.row(
+                asked.row.line,
+                asked.row.custom_id,
+                usage["prompt_tokens"],
+                [usage["completion_tokens"]],
+                None,
+            )
         self.writer.put(Finished(asked.idx, asked.digest, asked.key, failed, to_json(line)))
         with self.lock:
             self.duplicates += 1
@@ -210,6 +239,7 @@ class _Run:
             self.rows_total,
             self.tokens,
             self.work_done / self.work_known if self.work_known else 0.0,
+            self.recorder.stats.saved_share,
         )
 
 
@@ -233,11 +263,12 @@ def run_job(
     *,
     view: View,
     say: Callable[[str], None],
+    recorder: Recorder | None = None,
 ) -> Summary:
     """Run what is left of the job; returns when every result is on disk.
 
-    ``load`` is called when there is something to run. An interrupt (Ctrl-C) ends the run with what
-    is finished kept. Raises InputFileError for an input or output that cannot be used at all,
+    ``load`` is called when there is something to run. ``recorder`` is told what happens. An
+    interrupt (Ctrl-C) ends the run with what is finished kept. Raises InputFileError for an input or output that cannot be used at all,
     JournalError for a job that cannot go on.
     """
     parser = make_parser(job, say)
@@ -260,7 +291,7 @@ def run_job(
                 begin(job, journal)
                 writer = Writer(Journal(journal.path, durable=journal.durable), journal, output)
                 writer.start()
-                run = _Run(job, journal, writer, seen)
+                run = _Run(job, journal, writer, seen, recorder or Recorder())
                 state: State = "failed"
                 try:
                     if first is not None:

@@ -7,8 +7,10 @@ import psutil
 import pytest
 import torch
 
-from quire import LLM, QuireError, SamplingParams
+from quire import LLM, QuireError, SamplingParams, Stats
+from quire.engine.budget import Budget
 from quire.errors import InvalidRequestError, MemoryBudgetError, PromptTooLongError
+from quire.schedule.groups import Group
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 
@@ -146,9 +148,9 @@ def test_memory_limits_are_refused_with_a_suggestion_that_works(tinystories: Pat
     with pytest.raises(MemoryBudgetError, match="Ask for at least --memory") as caught:
         LLM(tinystories, memory="10MiB")
     needed = str(caught.value).rsplit("--memory ", 1)[1].rstrip(".")
-    words: list[str] = []
-    LLM(tinystories, memory=f"{int(needed[:-3]) + 16}MiB", on_budget=words.append).close()
-    assert "KV cache" in words[0]
+    budgets: list[Budget] = []
+    LLM(tinystories, memory=f"{int(needed[:-3]) + 16}MiB", on_budget=budgets.append).close()
+    assert budgets[0].kv > 0
 
 
 def test_bad_options_name_the_choices(tinystories: Path) -> None:
@@ -168,3 +170,44 @@ def test_cuda_gives_the_same_tokens(tinystories: Path, llm: LLM) -> None:
     expected = [o.outputs[0].token_ids for o in llm.generate(prompts, GREEDY)]
     with LLM(tinystories, kv_memory="8MiB", device="cuda") as gpu:
         assert [o.outputs[0].token_ids for o in gpu.generate(prompts, GREEDY)] == expected
+
+
+def test_groups_and_stats_of_a_run(llm: LLM) -> None:
+    """Every window tells its shared prefixes; stats count what is computed and what is held."""
+    shared = "One day, Lily and Ben went to the park. They saw a big tree and a small bird. "
+    pairs = [(shared + name, GREEDY) for name in ("Tom", "Max", "Lily", "Sam")]
+    before = llm.stats
+    windows: list[list[Group]] = []
+    seen: list[Stats] = []
+    llm.window, window = 2, llm.window
+    try:
+        found = list(llm.generate_iter(pairs, on_step=seen.append, on_groups=windows.append))
+    finally:
+        llm.window = window
+    after = llm.stats
+    lengths = [len(o.prompt_token_ids) for o in found]
+    assert after.prompt_tokens - before.prompt_tokens == sum(lengths)
+    outputs = sum(len(o.outputs[0].token_ids) for o in found)
+    assert after.output_tokens - before.output_tokens == outputs
+    assert after.decode_tokens - before.decode_tokens == outputs - len(pairs)
+    asked = after.prompt_tokens - before.prompt_tokens
+    saved = asked - (after.computed_tokens - before.computed_tokens)
+    assert len(windows) >= 2
+    assert sum(g.saved for groups in windows for g in groups) == saved > 0
+    assert len({g.key for groups in windows for g in groups[:1]}) == 1
+    assert max(s.kv_used_bytes for s in seen) > 0 == after.kv_used_bytes
+    times = [s.step_seconds for s in seen]
+    assert times == sorted(times)
+
+
+def test_saved_tokens_are_not_counted_before_they_are_saved(llm: LLM) -> None:
+    """Rows that were planned and not run save nothing."""
+    shared = "One day, Lily and Ben went to the park. They saw a big tree and a small bird. " * 3
+    before = llm.stats
+    pairs = [(shared + str(i), GREEDY) for i in range(200)]
+    results = llm.generate_iter(pairs)
+    first = next(results)
+    results.close()
+    after = llm.stats
+    asked = after.prompt_tokens - before.prompt_tokens
+    assert len(first.prompt_token_ids) <= asked < 200 * len(first.prompt_token_ids) / 2

@@ -51,6 +51,7 @@ class FakeLLM:
         requests: Iterable[tuple[Any, SamplingParams]],
         *,
         on_step: Callable[[Stats], None] | None = None,
+        on_groups: object = None,  # noqa: ARG002
     ) -> Generator[RequestOutput, None, None]:
         source = enumerate(requests)
 

@@ -17,7 +17,8 @@ FLAGS = {
         "--kv-memory",
         "--policy", "--chunk", "--window", "--context", "--device", "--template", "--order",
         "--on-overlong", "--limit", "--max-tokens", "--temperature", "--top-p", "--top-k",
-        "--min-p", "--stop", "--seed", "--dry-run", "--stats", "--overwrite", "--plain",
+        "--min-p", "--stop", "--schema", "--regex", "--choice", "--grammar",
+        "--seed", "--dry-run", "--stats", "--overwrite", "--plain",
         "--deterministic",
     },
     "convert": {"model", "output", "--weights", "--dtype"},
@@ -32,6 +33,7 @@ FLAGS = {
 def test_names() -> None:
     assert set(quire.__all__) == {
         "LLM", "CompletionOutput", "QuireError", "RequestOutput", "SamplingParams", "Stats",
+        "Structure",
     }  # fmt: skip
     assert all(hasattr(quire, name) for name in quire.__all__)
 
@@ -41,6 +43,7 @@ def test_sampling_fields() -> None:
         "n", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
         "frequency_penalty", "logit_bias", "seed", "logprobs", "prompt_logprobs", "stop",
         "stop_token_ids", "min_tokens", "max_tokens", "ignore_eos", "bad_words",
+        "structure",
     }  # fmt: skip
 
 

@@ -41,8 +41,9 @@ class Structure:
             raise _invalid(f"{field} must be an object, not {value!r}.", field, value)
         if "type" in value:
             return _response_format(value, field)
-        given = {str(name): form for name, form in value.items() if form not in (None, False)}
-        asked = {_ALIASES.get(name, name): form for name, form in given.items()}
+        named = {_ALIASES.get(str(name), str(name)): form for name, form in value.items()}
+        off = (None, False)  # but false is a schema
+        asked = {k: v for k, v in named.items() if v not in off or (k, v) == ("json_schema", False)}
         unknown = [name for name in asked if name not in _KINDS]
         if unknown:
             raise _invalid(f"{field} has {unknown[0]!r}, which is not supported.", field, value)

@@ -186,14 +186,17 @@ SHAPE = {
 
 @pytest.mark.parametrize("model", ["stories", "demo"])
 def test_structured_rows_among_others(tinystories: Path, model: str) -> None:
-    """Valid outputs of a real tokenizer; the other rows have the same tokens as without them."""
+    """Valid outputs of real tokenizers; the other rows have the same tokens as without them.
+
+    One model is in float32, the other in bfloat16 and deterministic mode.
+    """
     pytest.importorskip("llguidance")
     prompts = ["Once upon a time", "Once upon a hill", "The dog"]
     free = SamplingParams(max_tokens=30, seed=3)
     bound = SamplingParams(max_tokens=120, n=3, seed=4, structure={"json_schema": SHAPE})  # type: ignore[arg-type]
     bad = SamplingParams(structure={"regex": "("})  # type: ignore[arg-type]
     folder = tinystories if model == "stories" else "demo"
-    with LLM(folder, kv_memory="8MiB", dtype="float32", deterministic=model == "demo") as llm:
+    with LLM(folder, kv_memory="8MiB", deterministic=model == "demo") as llm:
         alone = [o.outputs[0].token_ids for o in llm.generate(prompts, free)]
         mixed = [(p, params) for p in prompts for params in (free, bound, bad)]
         found = llm.generate([p for p, _ in mixed], [params for _, params in mixed])

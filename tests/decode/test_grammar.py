@@ -212,9 +212,7 @@ def test_the_mask_is_there_for_a_whole_batch(folder: Path) -> None:
 OPTIONS = {"anyOf": [{"properties": {f"{i}": {"type": "string"}}} for i in range(6)]}
 WORDS: dict[str, object] = {f"word{i}": {} for i in range(15_000)}
 CHAIN = "".join(f"r{i}: r{i + 1}\n" for i in range(9999))
-REFERENCES = {f"{i}": {"$ref": f"#/$defs/{i + 1}"} for i in range(5000)} | {
-    "5000": {"type": "null"}
-}
+REFERENCES = {str(i): {"$ref": f"#/$defs/{i + 1}"} for i in range(5000)}
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,8 @@ BY_SCHEMA = Structure("json_schema", json.dumps(SCHEMA))
         ({"json": json.dumps(SCHEMA)}, BY_SCHEMA),
         ({"json": SCHEMA, "regex": None, "json_object": False}, BY_SCHEMA),
         ({"json_schema": True}, Structure("json_schema", '{"allOf": [true]}')),
+        ({"json_schema": False, "regex": None}, Structure("json_schema", '{"allOf": [false]}')),
+        ({"json_schema": {}}, Structure("json_schema", "{}")),
         ({"json_object": True}, Structure("json_object")),
         ({"regex": "a+"}, Structure("regex", "a+")),
         ({"choice": ["a", "é"]}, Structure("choice", '["a", "\\u00e9"]')),

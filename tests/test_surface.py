@@ -21,6 +21,7 @@ FLAGS = {
         "--on-overlong", "--limit", "--max-tokens", "--temperature", "--top-p", "--top-k",
         "--min-p", "--stop", "--seed", "--dry-run", "--stats", "--journal", "--fresh", "--dedupe",
         "--plain",
+        "--schema", "--regex", "--choice", "--grammar",
         "--deterministic",
         "--report", "--log-json", "--log-every", "--metrics-port",
     },
@@ -41,6 +42,7 @@ FLAGS = {
 def test_names() -> None:
     assert set(quire.__all__) == {
         "LLM", "CompletionOutput", "QuireError", "RequestOutput", "SamplingParams", "Stats",
+        "Structure",
     }  # fmt: skip
     assert all(hasattr(quire, name) for name in quire.__all__)
 
@@ -50,6 +52,7 @@ def test_sampling_fields() -> None:
         "n", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
         "frequency_penalty", "logit_bias", "seed", "logprobs", "prompt_logprobs", "stop",
         "stop_token_ids", "min_tokens", "max_tokens", "ignore_eos", "bad_words",
+        "structure",
     }  # fmt: skip
 
 

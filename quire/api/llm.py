@@ -15,6 +15,7 @@ import torch
 
 from quire.api.outputs import CompletionOutput, RequestOutput, Stats
 from quire.api.setup import DTYPES, Prompt, Setup
+from quire.decode.grammar import Grammars
 from quire.decode.params import SamplingParams
 from quire.decode.rng import row_seed
 from quire.engine.budget import Budget
@@ -114,6 +115,12 @@ class LLM:
         self.seed = seed
         self.on_overlong = on_overlong
         self.stall_seconds = stall_seconds
+        self.grammars = Grammars(
+            self.tokenizer.to_json,
+            self.setup.spec.vocab_size,
+            self.tokenizer.eos_ids,
+            torch.get_num_threads(),
+        )
         self._engine: Engine | None = Engine(
             load_model(
                 self.setup.folder,
@@ -128,6 +135,7 @@ class LLM:
             kv_bytes=self.setup.budget.kv,
             chunk=chunk,
             eos_ids=self.tokenizer.eos_ids,
+            grammars=self.grammars,
             plain=plain,
             deterministic=deterministic,
             recipe=recipe,
@@ -305,6 +313,8 @@ class LLM:
         elif self.on_overlong == "truncate-right":
             ids = ids[:room]
         self.setup.limits.output_tokens(len(ids), params.max_tokens)
+        if params.structure is not None:
+            self.grammars.check(params.structure)
         bad_words = []
         for word in params.bad_words:  # a word continues a text with or without a space before it
             for text in (word, f" {word}"):
@@ -328,6 +338,7 @@ def _check_option(name: str, value: object, allowed: Iterable[object]) -> None:
 
 def _complete(output: RequestOutput, result: EngineResult) -> RequestOutput:
     """Fill in what the engine found."""
+    output.error = result.error
     output.cached_tokens = result.cached_tokens
     output.prompt_logprobs = result.prompt_logprobs
     for sample in result.samples:

@@ -18,7 +18,8 @@ from quire.api.llm import LLM
 from quire.api.setup import Setup, model_folder
 from quire.cli.info import machine
 from quire.decode.params import SamplingParams
-from quire.errors import QuireError
+from quire.decode.structure import Structure
+from quire.errors import InputFileError, QuireError
 from quire.jobs.dry_run import dry_run
 from quire.jobs.job import Job
 from quire.jobs.log import JsonLog, Log, TextLog
@@ -59,6 +60,27 @@ class Overlong(StrEnum):
     truncate_left = "truncate-left"
     truncate_right = "truncate-right"
     fail = "fail"
+
+
+def _structure(
+    schema: Path | None, regex: str | None, choice: list[str] | None, grammar: Path | None
+) -> Structure | None:
+    """The default structure; at most one of its forms may be given."""
+
+    def text(file: Path | None) -> str | None:
+        try:
+            return None if file is None else file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputFileError(f"{file} cannot be read: {error}.", value=str(file)) from error
+
+    forms = {
+        "json_schema": text(schema),
+        "regex": regex,
+        "choice": choice or None,
+        "grammar": text(grammar),
+    }
+    asked = {name: value for name, value in forms.items() if value is not None}
+    return Structure.of(asked) if asked else None
 
 
 def run(
@@ -119,6 +141,18 @@ def run(
     top_k: Annotated[int, typer.Option(help="Default top-k; 0 is off.")] = 0,
     min_p: Annotated[float, typer.Option(help="Default min-p; 0 is off.")] = 0.0,
     stop: Annotated[list[str] | None, typer.Option(help="Default stop string; repeatable.")] = None,
+    schema: Annotated[
+        Path | None, typer.Option(help="JSON Schema file: the form of rows without their own.")
+    ] = None,
+    regex: Annotated[
+        str | None, typer.Option(help="Regular expression that outputs match as a whole.")
+    ] = None,
+    choice: Annotated[
+        list[str] | None, typer.Option(help="A text that an output may be; repeatable.")
+    ] = None,
+    grammar: Annotated[
+        Path | None, typer.Option(help="File with a Lark grammar that outputs follow.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of rows without one of their own.")] = 0,
     dry: Annotated[
         bool, typer.Option("--dry-run", help="Plan only: rows, tokens, savings, time.")
@@ -172,6 +206,7 @@ def run(
             min_p=min_p,
             max_tokens=max_tokens,
             stop=tuple(stop or ()),
+            structure=_structure(schema, regex, choice, grammar),
         )
         options: dict[str, Any] = {
             "dtype": dtype.value if dtype else None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
+from quire.decode.structure import Structure
 from quire.errors import InvalidRequestError, shown
 
 
@@ -17,6 +18,7 @@ class SamplingParams:
     raw distribution (before penalties and temperature); ``prompt_logprobs`` the same for the
     prompt. ``max_tokens`` None means up to the model's context. With equal ``seed`` and prompt the
     output is the same, whatever else is in the batch. ``bad_words`` are strings never produced.
+    ``structure`` is the form that the output must have, or a mapping that `Structure.of` takes.
     """
 
     n: int = 1
@@ -37,6 +39,7 @@ class SamplingParams:
     max_tokens: int | None = 128
     ignore_eos: bool = False
     bad_words: tuple[str, ...] = ()
+    structure: Structure | None = None
 
     def __post_init__(self) -> None:
         _normalise(self)
@@ -85,6 +88,7 @@ def _normalise(params: SamplingParams) -> None:
         object.__setattr__(params, "logit_bias", {})
     if params.top_k == -1:
         object.__setattr__(params, "top_k", 0)
+    object.__setattr__(params, "structure", Structure.of(params.structure))
 
 
 def _check_types(params: SamplingParams) -> None:
@@ -146,6 +150,13 @@ def _check_ranges(params: SamplingParams) -> None:
             field="min_tokens",
             value=params.min_tokens,
             limit=params.max_tokens,
+        )
+    if params.structure is not None and params.ignore_eos:
+        raise InvalidRequestError(
+            "ignore_eos has no meaning with structure: a structured output ends when it is whole.",
+            field="ignore_eos",
+            value=True,
+            action="Use min_tokens.",
         )
 
 

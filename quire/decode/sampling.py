@@ -11,14 +11,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from quire.decode.grammar import Matcher
 from quire.decode.params import SamplingParams
 from quire.decode.rng import uniform
 from quire.kernels import native
 
+_LOWEST = -1e30  # a bias after which a token loses against any other
+
 
 @dataclass
 class RowState:
-    """One sequence that samples. ``prompt`` int32 [tokens]; ``output`` the tokens so far."""
+    """One sequence that samples. ``prompt`` int32 [tokens]; ``output`` the tokens so far.
+
+    ``matcher``, with its mask computed, says which tokens its structure allows.
+    """
 
     params: SamplingParams
     seed: int
@@ -26,6 +32,7 @@ class RowState:
     output: list[int]
     eos_ids: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
+    matcher: Matcher | None = None
 
 
 @dataclass(frozen=True)
@@ -49,12 +56,13 @@ class Sampled:
 def sample(logits: Tensor, rows: Sequence[RowState]) -> Sampled:
     """Choose the next token of every row. ``logits`` float32 ``[rows, vocab]``; overwritten.
 
-    In this order: logit bias; bad words and, before ``min_tokens``, stop tokens are masked;
-    repetition penalty over prompt and output (positive logits divided, negative multiplied, Keskar
-    et al. 2019), presence and frequency penalties over the output; temperature; top-k; top-p;
-    min-p; then one inverse-CDF draw from the row's own random stream. Temperature 0 takes the
-    largest logit before the temperature step, the lowest id on a tie. If the masks leave a row
-    no token, they are ignored for it.
+    In this order: logit bias; repetition penalty over prompt and output (positive logits divided,
+    negative multiplied, Keskar et al. 2019), presence and frequency penalties over the output; what
+    the row's structure does not allow is masked, then bad words and, before ``min_tokens``, stop
+    tokens; temperature; top-k; top-p; min-p; then one inverse-CDF draw from the row's own random
+    stream. Temperature 0 takes the largest logit before the temperature step, the lowest id on a
+    tie. If bad words and ``min_tokens`` leave a row no token, they are ignored for it: the
+    structure is not.
     """
     if not rows:
         return Sampled([], [])
@@ -62,6 +70,7 @@ def sample(logits: Tensor, rows: Sequence[RowState]) -> Sampled:
     raw = logits[scored].clone() if scored else logits
     _add_bias(logits, rows)
     _penalise(logits, rows)
+    _constrain(logits, rows)
     _mask(logits, rows)
     chosen = native.argmax(logits) if native.fits(logits) else logits.argmax(-1)
     drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
@@ -120,9 +129,30 @@ def _scatter(
 
 
 def _add_bias(logits: Tensor, rows: Sequence[RowState]) -> None:
-    at, ids, values = _scatter(rows, lambda r: list(r.params.logit_bias.items()), logits.shape[1])
+    def entries(row: RowState) -> list[tuple[int, float]]:
+        least = -math.inf if row.matcher is None else _LOWEST  # a structure may leave no choice
+        return [(token, max(value, least)) for token, value in row.params.logit_bias.items()]
+
+    at, ids, values = _scatter(rows, entries, logits.shape[1])
     if at:
         logits[at, ids] += torch.tensor(values, device=logits.device)
+
+
+def _constrain(logits: Tensor, rows: Sequence[RowState]) -> None:
+    """Mask what the rows' structures do not allow."""
+    matchers = {i: row.matcher for i, row in enumerate(rows) if row.matcher is not None}
+    if not matchers:
+        return
+    masks = np.stack([matcher.mask for matcher in matchers.values()])  # int32 [rows, words]
+    if native.fits(logits):
+        native.mask(logits, list(matchers), masks)
+        return
+    bits = torch.from_numpy(masks).to(logits.device)[:, :, None] >> torch.arange(
+        32, dtype=torch.int32, device=logits.device
+    )
+    allowed = (bits & 1).bool().flatten(1)[:, : logits.shape[1]]  # [rows, vocab]
+    index = torch.tensor(list(matchers), device=logits.device)
+    logits[index] = logits[index].masked_fill(~allowed, -math.inf)
 
 
 def _mask(logits: Tensor, rows: Sequence[RowState]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quire.attention import native
+from quire.decode.grammar import FIELD, Grammars, Matcher
 from quire.decode.rng import derive_seed
 from quire.decode.sampling import RowState, TokenLogprobs, prompt_logprobs, sample
 from quire.decode.stopping import StopStrings, finish_reason
@@ -65,7 +66,8 @@ class Engine:
     """Runs requests to their end over one model and one KV arena.
 
     ``kv_bytes`` bounds the KV; ``chunk`` the tokens of a step. ``tokenizer`` may be None when no
-    text is wanted (no stop strings then). ``recipe``: the KV methods; None: exact KV.
+    text is wanted (no stop strings then), ``grammars`` when no request has a structure.
+    ``recipe``: the KV methods; None: exact KV.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Engine:
         kv_bytes: int,
         chunk: int,
         eos_ids: tuple[int, ...] = (),
+        grammars: Grammars | None = None,
         plain: bool = False,
         deterministic: bool = False,
         recipe: Recipe | None = None,
@@ -104,9 +107,11 @@ class Engine:
         self.runner = Runner(model, arena, plain, deterministic, self.keeper)
         self.tokenizer = tokenizer
         self.eos_ids = eos_ids
+        self.grammars = grammars
         self.times = Times()
         self._pending: dict[int, _Pending] = {}
         self._live: dict[int, _Live] = {}
+        self._structured = False  # whether any unfinished request has a structure
 
     @property
     def unfinished(self) -> int:
@@ -137,6 +142,8 @@ class Engine:
             )
             for r in batch
         )
+        structured = any(r.params.structure is not None for r in batch)
+        self._structured = structured or (self._structured and bool(self._pending))
         self._pending.update({r.id: _Pending(r, []) for r in batch})
         for seq in added:
             pending = self._pending[seq.request]
@@ -160,6 +167,7 @@ class Engine:
             output=seq.output,
             eos_ids=self.eos_ids,
             bad_words=request.bad_words,
+            matcher=None if params.structure is None else Matcher(params.structure),
         )
         live = _Live(row, seq.sample)
         if params.stop and self.tokenizer is not None:
@@ -177,6 +185,7 @@ class Engine:
         works = self.world.apply(plan)
         self.times.plan += time.perf_counter() - started
         started = time.perf_counter()
+        self._start_masks()
         hidden = self.runner.forward(works) if works else None
         self.times.model += time.perf_counter() - started
         started, head = time.perf_counter(), self.runner.head_seconds
@@ -230,6 +239,8 @@ class Engine:
                 rows.append(seq.leaf.hidden)
         if not ready:
             return None
+        if self._structured and self.grammars is not None:
+            self.grammars.wait()
         tokens: list[int] = []
         details: list[TokenLogprobs | None] = []
 
@@ -243,10 +254,16 @@ class Engine:
             self.runner.each_logits(torch.stack(rows), draw)
         finished = []
         for seq, token, detail in zip(ready, tokens, details, strict=True):
-            result = self._accept(seq, token, detail)
+            result = self._accept(seq, token, detail) if seq.id in self._live else None
             if result is not None:
                 finished.append(result)
         return finished
+
+    def _start_masks(self) -> None:
+        """Let the masks of running sequences be computed while the model runs."""
+        if self._structured and self.grammars is not None:
+            matchers = (self._live[seq.id].row.matcher for seq in self.world.state.running)
+            self.grammars.start([m for m in matchers if m is not None and m.stale])
 
     def _score_prompt(self, work: Work, hidden: Tensor, k: int) -> None:
         """Log-probabilities of the prompt tokens that follow the rows ``hidden``."""
@@ -263,16 +280,39 @@ class Engine:
         self.runner.each_logits(hidden, score)
 
     def _accept(self, seq: Seq, token: int, detail: TokenLogprobs | None) -> EngineResult | None:
-        """Append a sampled token; returns the request's result if that finished it."""
+        """Append a sampled token, and those that its structure then forces.
+
+        Returns the request's result if that finished it.
+        """
         if not seq.output:
             seq.leaf.ends -= 1
             self.world.counters.prompt_asked += len(seq.prompt)
-        seq.output.append(token)
-        self.world.counters.output += 1
         live = self._live[seq.id]
         if detail is not None:
             live.logprobs.append(detail)
-        reason = finish_reason(live.row.params, seq.output, self.eos_ids)
+        matcher = live.row.matcher
+        if matcher is None:
+            return self._append(seq, live, token)
+        forced: list[int] = []
+        if matcher.error is None and token not in self.eos_ids:
+            # Log-probabilities are those of sampled tokens, so none is then taken unsampled.
+            forced = matcher.accept(token, jump=detail is None)
+        if matcher.error is not None:
+            return self._fail(seq.request, matcher.error)
+        for index, each in enumerate([token, *forced]):
+            whole = matcher.done and index == len(forced)
+            result = self._append(seq, live, each, whole)
+            if seq.id not in self._live:
+                return result
+        return None
+
+    def _append(
+        self, seq: Seq, live: _Live, token: int, whole: bool = False
+    ) -> EngineResult | None:
+        """Append one token. ``whole``: nothing may follow it."""
+        seq.output.append(token)
+        self.world.counters.output += 1
+        reason = "stop" if whole else finish_reason(live.row.params, seq.output, self.eos_ids)
         if reason is None and len(seq.output) >= seq.max_new:
             reason = "length"
         if live.stops is not None and live.detokenizer is not None:
@@ -305,6 +345,17 @@ class Engine:
             scored if pending.request.params.prompt_logprobs is not None else None,
         )
 
+    def _fail(self, request: int, reason: str) -> EngineResult:
+        """Give up a request whose structure came to a dead end, with all its samples."""
+        pending = self._pending.pop(request)
+        for seq in pending.sequences:
+            if self._live.pop(seq.id, None) is not None:
+                self.world.abort(seq)
+        error = InvalidRequestError(
+            f"The output could not follow its structure to the end: {reason}.", field=FIELD
+        )
+        return EngineResult(request, len(pending.request.prompt), 0, [], error=error)
+
     def _text(self, seq: Seq, live: _Live) -> str:
         if live.stops is not None or self.tokenizer is None:
             return live.text
@@ -316,6 +367,8 @@ class Engine:
         state = self.world.state
         for seq in [*state.running, *state.waiting]:
             self.world.abort(seq)
+        if self.grammars is not None:
+            self.grammars.wait()
         self._pending.clear()
         self._live.clear()
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from quire.decode.params import SamplingParams
 from quire.decode.sampling import TokenLogprobs
+from quire.errors import RequestError
 from quire.kv.tree import Tokens
 
 
@@ -38,7 +39,8 @@ class SampleResult:
 class EngineResult:
     """A finished request: its samples in order, and how many prompt tokens shared KV served.
 
-    ``prompt_logprobs`` has one entry a prompt token after the first, if asked for.
+    ``prompt_logprobs`` has one entry a prompt token after the first, if asked for. With ``error``
+    there are no samples.
     """
 
     id: int
@@ -46,3 +48,4 @@ class EngineResult:
     cached_tokens: int
     samples: list[SampleResult]
     prompt_logprobs: list[TokenLogprobs] | None = None
+    error: RequestError | None = None

@@ -13,6 +13,7 @@ from decimal import Decimal
 from typing import Any, Literal
 
 from quire.decode.params import INTEGER_NAMES, PARAM_NAMES, SamplingParams
+from quire.decode.structure import Structure
 from quire.errors import InvalidRequestError, shown
 from quire.jobs.records import Record, parse_json
 from quire.jobs.template import Template
@@ -26,18 +27,25 @@ _CHAT_EXTRAS = {"tools", "documents", "chat_template_kwargs"}
 _ALIASES = {"model", "max_completion_tokens", "top_logprobs"}
 _NO_EFFECT = {"user", "metadata", "store", "service_tier"}  # known, and without meaning here
 _REFUSED = {  # asking for these and not getting them would be a wrong answer
-    "response_format": "Structured output is not supported yet.",
     "best_of": "Use n.",
     "suffix": "Insertion is not supported.",
     "echo": "Use prompt_logprobs to score the prompt.",
     "stream": "A batch file has no streams.",
     "tool_choice": "Forced tool calls are not supported yet.",
+    **dict.fromkeys(
+        ("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+        "Use json_schema, regex, choice or grammar.",
+    ),
 }
-_KNOWN = PARAM_NAMES | _IDENTITY | {*_PROMPTS} | _CHAT_EXTRAS | _ALIASES | _NO_EFFECT | {*_REFUSED}
-_JSON_IN_COLUMNS = (PARAM_NAMES | _CHAT_EXTRAS | _ALIASES | {*_PROMPTS, "body"}) - {
-    "prompt",
-    "model",
-}
+_STRUCTURES = ("structure", "response_format", "structured_outputs")  # in one of several forms
+_STRUCTURE_KINDS = ("json_schema", "regex", "choice", "grammar")
+_KNOWN = frozenset().union(
+    PARAM_NAMES, _IDENTITY, _PROMPTS, _CHAT_EXTRAS, _ALIASES, _NO_EFFECT, _REFUSED, _STRUCTURES,
+    _STRUCTURE_KINDS,
+)  # fmt: skip
+_JSON_IN_COLUMNS = frozenset().union(
+    PARAM_NAMES, _CHAT_EXTRAS, _ALIASES, _PROMPTS, _STRUCTURES, _STRUCTURE_KINDS, ["body"]
+) - {"prompt", "model", "regex", "grammar"}
 _MOST_WARNINGS = 20
 _MOST_SEEN = 1000
 
@@ -136,7 +144,7 @@ class RowParser:
                 "Leave model out.",
             )
         for name, remedy in _REFUSED.items():
-            if body.get(name) not in (None, False, "none", {"type": "text"}) and not (
+            if body.get(name) not in (None, False, "none") and not (
                 name == "best_of" and body[name] == 1
             ):
                 raise _invalid(f"{name} is not supported.", name, body[name], remedy)
@@ -150,6 +158,7 @@ class RowParser:
                 chosen["logprobs"] = 0 if top is None else top
         if "logit_bias" in chosen:
             chosen["logit_bias"] = _bias(chosen["logit_bias"])
+        chosen |= _structure(body)
         for name in body.keys() - _KNOWN:
             self._unknown(name)
         key = repr(chosen)  # tells 1, 1.0 and true apart
@@ -218,6 +227,18 @@ def _prompt(kind: Kind, body: dict[str, Any]) -> Mapping[str, Any]:
         raise _invalid("The prompt is empty.", name, value, "Give at least one token.")
     wanted = "a string or a list of token ids" if name == "prompt" else "a list of token ids"
     raise _invalid(f"{name} must be {wanted}.", name, value, "Write one line for each prompt.")
+
+
+def _structure(body: dict[str, Any]) -> dict[str, Structure | None]:
+    """The one structure that a body asks for; None where it asks for text; empty for no word."""
+    given = [name for name in (*_STRUCTURES, *_STRUCTURE_KINDS) if body.get(name) is not None]
+    if not given:
+        return {}
+    if len(given) > 1:
+        raise _invalid(f"A line has {' and '.join(given)}.", given[1], given, "Give one of them.")
+    name = given[0]
+    value = body[name] if name in _STRUCTURES else {name: body[name]}
+    return {"structure": Structure.of(value, name)}
 
 
 def _bias(value: object) -> dict[int, float]:

@@ -268,8 +268,8 @@ def run_job(
     """Run what is left of the job; returns when every result is on disk.
 
     ``load`` is called when there is something to run. ``recorder`` is told what happens. An
-    interrupt (Ctrl-C) ends the run with what is finished kept. Raises InputFileError for an input or output that cannot be used at all,
-    JournalError for a job that cannot go on.
+    interrupt (Ctrl-C) ends the run with what is finished kept. Raises InputFileError for an
+    input or output that cannot be used at all, JournalError for a job that cannot go on.
     """
     parser = make_parser(job, say)
     try:

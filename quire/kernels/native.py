@@ -12,7 +12,9 @@ import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.errors import InvalidRequestError
@@ -338,3 +340,20 @@ def sample(
         chosen.data_ptr(),
     )
     return chosen
+
+
+def mask(logits: Tensor, rows: Sequence[int], masks: NDArray[np.int32]) -> None:
+    """Set logits to -inf where a row's bit is 0; see `quire/decode/sampling.py`.
+
+    ``logits`` float32 ``[.., vocab]``; ``rows`` distinct; ``masks`` ``[rows, words]``, the lowest
+    bit of a word first, with a bit for every column at least.
+    """
+    assert logits.is_contiguous()
+    assert logits.dtype == torch.float32
+    assert masks.flags.c_contiguous
+    assert masks.shape[0] == len(rows)
+    assert masks.shape[1] * 32 >= logits.shape[1]
+    at = torch.tensor(rows, dtype=torch.int64)
+    _native().mask(
+        logits.data_ptr(), logits.shape[1], at.data_ptr(), masks.ctypes.data, *masks.shape
+    )

@@ -120,6 +120,14 @@ class Tokenizer:
         """Token ids of a conversation; the template itself writes the special tokens."""
         return self.encode(self.chat_prompt(messages, **extra), special=False)
 
+    def to_json(self, extra: str) -> tuple[str, int]:
+        """Its tokenizer.json with one more special token called ``extra``, and the token's id."""
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend.add_special_tokens([tokenizers.AddedToken(extra, special=True)])
+        token = backend.token_to_id(extra)
+        assert token is not None
+        return backend.to_str(), token
+
     def token_text(self, token: int) -> str:
         """One token as text, for reports; bytes that are no whole character show as U+FFFD."""
         return str(self._backend.decode([token], skip_special_tokens=False))

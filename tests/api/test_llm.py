@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import gc
+import json
 from pathlib import Path
 
+import jsonschema
 import psutil
 import pytest
 import torch
@@ -211,3 +213,42 @@ def test_saved_tokens_are_not_counted_before_they_are_saved(llm: LLM) -> None:
     after = llm.stats
     asked = after.prompt_tokens - before.prompt_tokens
     assert len(first.prompt_token_ids) <= asked < 200 * len(first.prompt_token_ids) / 2
+
+
+SHAPE = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "pattern": "^[A-Z][a-z]{0,7}$"},
+        "age": {"type": "integer", "minimum": 1, "maximum": 99},
+        "pets": {"type": "array", "items": {"enum": ["cat", "dog"]}, "maxItems": 2},
+    },
+    "required": ["name", "age", "pets"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("model", ["stories", "demo"])
+def test_structured_rows_among_others(tinystories: Path, model: str) -> None:
+    """Valid outputs of real tokenizers; the other rows have the same tokens as without them.
+
+    One model is in float32, the other in bfloat16 and deterministic mode.
+    """
+    pytest.importorskip("llguidance")
+    prompts = ["Once upon a time", "Once upon a hill", "The dog"]
+    free = SamplingParams(max_tokens=30, seed=3)
+    bound = SamplingParams(max_tokens=120, n=3, seed=4, structure={"json_schema": SHAPE})  # type: ignore[arg-type]
+    bad = SamplingParams(structure={"regex": "("})  # type: ignore[arg-type]
+    folder = tinystories if model == "stories" else "demo"
+    with LLM(folder, kv_memory="8MiB", deterministic=model == "demo") as llm:
+        alone = [o.outputs[0].token_ids for o in llm.generate(prompts, free)]
+        mixed = [(p, params) for p in prompts for params in (free, bound, bad)]
+        found = llm.generate([p for p, _ in mixed], [params for _, params in mixed])
+        assert [o.outputs[0].token_ids for o in found[::3]] == alone
+        for output in found[1::3]:
+            for sample in output.outputs:
+                assert sample.finish_reason == "stop"
+                jsonschema.validate(json.loads(sample.text), SHAPE)
+        for output in found[2::3]:
+            assert isinstance(output.error, InvalidRequestError)
+            assert output.error.field == "response_format"
+            assert not output.outputs

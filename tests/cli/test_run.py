@@ -288,3 +288,52 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         peaks.append(json.loads(stats.read_text())["peak_rss_bytes"])
     assert peaks[1] < peaks[0] + (24 << 20)
+
+
+def test_structures_of_flags_and_rows(tmp_path: Path) -> None:
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    shaped = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    bad = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"not": {}}}}
+    (tmp_path / "schema.json").write_text(json.dumps({"enum": ["tea", "coffee"]}))
+    source = write(
+        tmp_path / "in.jsonl",
+        [
+            {"prompt": "I drink"},
+            {"prompt": "I drink", "response_format": {"type": "text"}},
+            {"prompt": "I count", "response_format": shaped, "max_tokens": 40, "n": 2},
+            {"prompt": "I count", "response_format": bad},
+            {"prompt": "I count", "regex": "("},
+            {"prompt": "I count", "regex": "[0-9]{2}"},
+            {"prompt": "I count", "grammar": 'start: "one" | "two"'},
+        ],
+    )
+    out = tmp_path / "out.jsonl"
+    done = quire("run", source, "-o", out, "--schema", tmp_path / "schema.json", *FAST)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    rows = lines(out)
+    errors = [r["error"] for r in rows]
+    assert [e["line"] for e in errors if e] == [4, 5]
+    assert [e["field"] for e in errors if e] == ["response_format"] * 2
+    assert "not" in errors[3]["message"]
+    choices = [r["response"]["body"]["choices"] if r["response"] else [] for r in rows]
+    assert choices[0][0]["text"] in ('"tea"', '"coffee"')
+    assert choices[0][0]["finish_reason"] == "stop"
+    assert choices[1][0]["text"] not in ('"tea"', '"coffee"')
+    for choice in choices[2]:
+        assert choice["finish_reason"] == "length" or "n" in json.loads(choice["text"])
+    assert len(choices[5][0]["text"]) == 2
+    assert choices[6][0]["text"] in ("one", "two")
+
+
+def test_structures_of_flags_are_one_at_most(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", [{"prompt": "x"}])
+    for words, message in (
+        (["--regex", "a", "--choice", "b"], "exactly one of"),
+        (["--schema", "nowhere.json"], "nowhere.json cannot be read"),
+        (["--grammar", "nowhere.lark"], "nowhere.lark cannot be read"),
+        (["--regex", ""], "not empty"),
+    ):
+        done = quire("run", source, *words, *FAST)
+        assert done.returncode == 2
+        assert message in done.stderr

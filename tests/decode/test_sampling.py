@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from quire.decode.params import SamplingParams
 from quire.decode.rng import uniform
 from quire.decode.sampling import RowState, prompt_logprobs, sample
+from quire.kernels import native
 
 
 def row(output: list[int] | None = None, seed: int = 1, **options: object) -> RowState:
@@ -184,3 +186,65 @@ def test_prompt_logprobs() -> None:
 
 def test_no_rows() -> None:
     assert sample(torch.empty(0, 5), []).tokens == []
+
+
+@dataclass
+class Bits:
+    """A matcher of which only the mask is asked."""
+
+    mask: np.ndarray
+
+
+def bits(*tokens: int, words: int = 2) -> Bits:
+    mask = np.zeros(words, dtype=np.uint32)
+    for token in tokens:
+        mask[token // 32] |= np.uint32(1 << token % 32)
+    return Bits(mask.view(np.int32))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    vocab=st.sampled_from([1, 31, 32, 40, 64]),
+    rows=st.lists(
+        st.tuples(OPTIONS, st.none() | st.sets(st.integers(0, 63), min_size=1)), max_size=5
+    ),
+    seed=st.integers(0, 10**6),
+)
+def test_masked_tokens_have_no_chance(
+    vocab: int, rows: list[tuple[dict[str, object], set[int] | None]], seed: int
+) -> None:
+    """As if their logits had never been: the same token as from logits of minus infinity."""
+    generator = np.random.default_rng(seed)
+    logits = torch.from_numpy(generator.standard_normal((len(rows), vocab)).astype(np.float32))
+    expected = logits.clone()
+    states = []
+    for index, (options, allowed) in enumerate(rows):
+        state = row(generator.integers(0, vocab, 2).tolist(), seed + index, **options)
+        if allowed is not None:
+            kept = {token for token in allowed if token < vocab} or {vocab - 1}
+            state.matcher = bits(*kept)  # type: ignore[assignment]
+            others = [token for token in range(vocab) if token not in kept]
+            expected[index, others] = -math.inf
+        states.append(state)
+    found = {}
+    for name in native.available():
+        before = native.use(name)
+        try:
+            found[name] = sample(logits.clone(), states).tokens
+            free = [replace(state, matcher=None) for state in states]
+            assert sample(expected.clone(), free).tokens == found[name]
+        finally:
+            native.use(before)
+
+
+def test_the_structure_wins_over_masks_and_biases() -> None:
+    for options in (
+        {"bad_words": True},
+        {"logit_bias": {1: -math.inf}},
+        {"logit_bias": {2: math.inf}},
+        {"min_tokens": 1, "stop_token_ids": (1,)},
+    ):
+        state = row(temperature=0.0, **{k: v for k, v in options.items() if k != "bad_words"})
+        state.bad_words = ((1,),) if "bad_words" in options else ()
+        state.matcher = bits(1, words=1)  # type: ignore[assignment]
+        assert sample(torch.tensor([[3.0, 2.0, 9.0]]), [state]).tokens == [1]

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire.decode.params import SamplingParams
+from quire.decode.structure import Structure
 from quire.errors import InvalidRequestError
 from quire.jobs.records import Record
 from quire.jobs.rows import BadRow, Row, RowParser
@@ -83,6 +84,38 @@ def test_equal_values_of_other_types_are_not_taken_for_each_other() -> None:
     ]
 
 
+SCHEMA = {"type": "object", "properties": {"a": {}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "structure"),
+    [
+        ({"response_format": {"type": "json_object"}}, Structure("json_object")),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}},
+            Structure("json_schema", json.dumps(SCHEMA)),
+        ),
+        ({"json_schema": SCHEMA}, Structure("json_schema", json.dumps(SCHEMA))),
+        ({"structured_outputs": {"json": SCHEMA}}, Structure("json_schema", json.dumps(SCHEMA))),
+        ({"structured_outputs": {"choice": ["a"]}}, Structure("choice", '["a"]')),
+        ({"structure": {"regex": "a"}, "regex": None}, Structure("regex", "a")),
+        ({"regex": "a"}, Structure("regex", "a")),
+        ({"choice": ["a"]}, Structure("choice", '["a"]')),
+        ({"grammar": "start: /a/"}, Structure("grammar", "start: /a/")),
+        ({"response_format": {"type": "text"}}, None),
+        ({}, Structure("regex", "default")),
+        ({"response_format": None}, Structure("regex", "default")),
+    ],
+)
+def test_structures(fields: dict[str, object], structure: Structure | None) -> None:
+    defaults = SamplingParams(structure=Structure("regex", "default"))
+    row = RowParser(defaults, frozenset(), print).read(
+        record(json.dumps({"prompt": "x", **fields}).encode())
+    )
+    assert isinstance(row, Row)
+    assert row.params.structure == structure
+
+
 @pytest.mark.parametrize(
     ("line", "field"),
     [
@@ -96,7 +129,13 @@ def test_equal_values_of_other_types_are_not_taken_for_each_other() -> None:
         ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
         ({"prompt": "x", "model": "gpt-4"}, "model"),
         ({"prompt": "x", "logit_bias": {"a": 1}}, "logit_bias"),
-        ({"prompt": "x", "response_format": {"type": "json_object"}}, "response_format"),
+        ({"prompt": "x", "response_format": {"type": "xml"}}, "response_format"),
+        ({"prompt": "x", "response_format": {"type": "json_schema"}}, "response_format"),
+        ({"prompt": "x", "regex": "a", "choice": ["b"]}, "choice"),
+        ({"prompt": "x", "regex": 5}, "regex"),
+        ({"prompt": "x", "structured_outputs": {"structural_tag": "x"}}, "structured_outputs"),
+        ({"prompt": "x", "guided_json": {}}, "guided_json"),
+        ({"prompt": "x", "regex": "a", "ignore_eos": True}, "ignore_eos"),
         ({"prompt": "x", "stream": True}, "stream"),
         ({"prompt": "x", "custom_id": 1.5}, "custom_id"),
         ({"url": "/v1/embeddings", "body": {"input": "x"}}, "url"),
@@ -236,6 +275,10 @@ JSON = st.recursive(
 FIELDS = ["prompt", "messages", "prompt_token_ids", "url", "body", "custom_id", "id", "method"]
 NAMES = [
     *FIELDS,
+    "response_format",
+    "structured_outputs",
+    "regex",
+    "choice",
     "temperature",
     "n",
     "stop",

@@ -260,3 +260,24 @@ def test_almost_no_temperature(temperature: float) -> None:
     logits = torch.tensor([[0.0, 1.0, 5.0, 2.0]])
     for options in (Options(temperature), Options(temperature, top_p=0.9)):
         assert choose(logits, [options], [0.3]) == [2]
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("vocab", [1, 15, 31, 32, 33, 64, 1000])
+@pytest.mark.parametrize("spare", [0, 1, 3])
+def test_mask(vocab: int, spare: int) -> None:
+    """Against single bits: some rows only, words to spare, words of all ones and all zeros."""
+    rng = np.random.default_rng(vocab)
+    words = -(-vocab // 32) + spare
+    for rows, chosen in ((0, []), (1, [0]), (7, [5, 0, 3]), (7, [])):
+        logits = torch.randn(rows, vocab)
+        masks = rng.integers(0, 1 << 32, (len(chosen), words), dtype=np.uint32).view(np.int32)
+        masks[:, rng.random(words) < 0.3] = -1
+        masks[:, rng.random(words) < 0.3] = 0
+        expected = logits.clone()
+        for mask, row in zip(masks, chosen, strict=True):
+            for token in range(vocab):
+                if not int(mask[token // 32]) >> token % 32 & 1:
+                    expected[row, token] = -math.inf
+        native.mask(logits, chosen, masks)
+        assert torch.equal(logits, expected)

@@ -110,6 +110,14 @@ struct SampleArgs {
     int64_t* chosen;                           // [rows]
 };
 
+// Sets the logits of tokens to -inf whose bit in the row's mask is 0, lowest bit first.
+struct MaskArgs {
+    float* logits;          // [.., vocab]
+    const int64_t* rows;    // [count] distinct
+    const uint32_t* masks;  // [count, words], words >= vocab / 32
+    int64_t count, vocab, words;
+};
+
 struct Kernels {
     const char* name;
     void (*attend)(const AttentionArgs&);
@@ -121,6 +129,7 @@ struct Kernels {
     void (*grouped)(const ProductArgs&);
     void (*argmax)(const float* logits, int64_t rows, int64_t vocab, int64_t* chosen);
     void (*sample)(const SampleArgs&);
+    void (*mask)(const MaskArgs&);
 };
 
 }  // namespace quire

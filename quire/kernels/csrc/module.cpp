@@ -171,6 +171,11 @@ void sample(uintptr_t logits, int64_t rows, int64_t vocab, uintptr_t temperature
                     at<float>(min_p), at<int64_t>(top_k), at<double>(draws), at<int64_t>(chosen)});
 }
 
+void mask(uintptr_t logits, int64_t vocab, uintptr_t rows, uintptr_t masks, int64_t count,
+          int64_t words) {
+    active->mask({at<float>(logits), at<int64_t>(rows), at<uint32_t>(masks), count, vocab, words});
+}
+
 std::vector<std::string> available() {
     std::vector<std::string> names;
     for (const Kernels* each : compiled())
@@ -206,6 +211,7 @@ NB_MODULE(_native, m) {
     m.def("grouped", grouped, free);
     m.def("argmax", argmax, free);
     m.def("sample", sample, free);
+    m.def("mask", mask, free);
     m.def("available", available);
     m.def("use", use);
     m.def("active", [] { return std::string(active->name); });

@@ -1,4 +1,4 @@
-// Choosing tokens: the largest logit, or a draw under temperature, top-k, top-p and min-p.
+// Choosing tokens: masks, the largest logit, or a draw under temperature, top-k, top-p and min-p.
 //
 // Nothing is sorted but the few tokens at the border of top-p: the k-th largest logit is found
 // among the tokens above a bound from block maxima, and the mass of top-p by a histogram.
@@ -115,6 +115,21 @@ void argmax(const float* logits, int64_t rows, int64_t vocab, int64_t* chosen) {
         for (int64_t row = first; row < last; ++row) {
             const float* x = logits + row * vocab;
             chosen[row] = first_of(x, vocab, largest(x, vocab));
+        }
+    });
+}
+
+// Most words of a mask are all ones, which cost nothing, or all zeros.
+void mask(const MaskArgs& args) {
+    parallel_tasks(args.count, [&](int64_t i) {
+        float* x = args.logits + args.rows[i] * args.vocab;
+        const uint32_t* words = args.masks + i * args.words;
+        for (int64_t at = 0; at < args.vocab; at += 32) {
+            const uint32_t word = words[at / 32];
+            if (word == 0xffffffffu) continue;
+            const int64_t count = std::min<int64_t>(32, args.vocab - at);
+            for (int64_t j = 0; j < count; ++j)
+                x[at + j] = (word >> j) & 1 ? x[at + j] : -INFINITY;
         }
     });
 }

@@ -16,9 +16,10 @@ void int8(const ProductArgs&);
 void grouped(const ProductArgs&);
 void argmax(const float*, int64_t, int64_t, int64_t*);
 void sample(const SampleArgs&);
+void mask(const MaskArgs&);
 
 extern const Kernels kernels;
 const Kernels kernels = {QUIRE_NAME(QUIRE_ISA), attend, rotate_append, rms_norm, gate, dense, int8,
-                         grouped, argmax, sample};
+                         grouped, argmax, sample, mask};
 
 }  // namespace quire::QUIRE_ISA

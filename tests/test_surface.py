@@ -18,7 +18,7 @@ FLAGS = {
         "--policy", "--chunk", "--window", "--context", "--device", "--template", "--order",
         "--on-overlong", "--limit", "--max-tokens", "--temperature", "--top-p", "--top-k",
         "--min-p", "--stop", "--seed", "--dry-run", "--stats", "--overwrite", "--plain",
-        "--deterministic",
+        "--deterministic", "--workers", "--ray",
     },
     "convert": {"model", "output", "--weights", "--dtype"},
     "info": {"--model"},
@@ -68,6 +68,7 @@ def test_error_tree() -> None:
         "RequestError": "QuireError",
         "InvalidRequestError": "RequestError",
         "PromptTooLongError": "RequestError",
+        "WorkerDiedError": "RequestError",
         "InputFileError": "QuireError",
         "EngineStallError": "QuireError",
     }

@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 
-from quire.api.outputs import CompletionOutput, RequestOutput, Stats
+from quire.api.outputs import RequestOutput, Stats, complete
+from quire.api.prepare import OVERLONG, Overlong, Prepared, Preparer, Windows
 from quire.api.setup import DTYPES, Prompt, Setup
 from quire.decode.params import SamplingParams
 from quire.engine.engine import Engine
-from quire.engine.request import EngineRequest, EngineResult
 from quire.engine.watchdog import Watchdog
-from quire.errors import (
-    EngineStallError,
-    InvalidRequestError,
-    PromptTooLongError,
-    QuireError,
-    RequestError,
-)
+from quire.errors import EngineStallError, InvalidRequestError, QuireError
 from quire.kernels import native
 from quire.kv.method import Recipe
 from quire.kv.recipes import parse as parse_recipe
 from quire.models.loader import load_model
 from quire.schedule.policies import POLICIES
-
-Numbered = tuple[int, tuple[Prompt, SamplingParams]]
-Prepared = tuple[RequestOutput, EngineRequest | None]
-Overlong = Literal["error", "truncate-left", "truncate-right", "fail"]
 
 
 class LLM:
@@ -80,9 +66,7 @@ class LLM:
     ) -> None:
         _check_option("policy", policy, POLICIES)
         _check_option("dtype", dtype, [None, *DTYPES])
-        _check_option(
-            "on_overlong", on_overlong, ["error", "truncate-left", "truncate-right", "fail"]
-        )
+        _check_option("on_overlong", on_overlong, OVERLONG)
         for name, value in (("chunk", chunk), ("window", window), ("threads", threads)):
             if value is not None and value < 1:
                 raise InvalidRequestError(f"{name} must be at least 1.", field=name, value=value)
@@ -105,11 +89,11 @@ class LLM:
         if on_budget is not None:
             on_budget(self.setup.budget.table())
         self.model = str(model)
+        self.policy = policy
         self.tokenizer = self.setup.tokenizer
         self.window = window
-        self.seed = seed
-        self.on_overlong = on_overlong
         self.stall_seconds = stall_seconds
+        self._preparer = Preparer(self.setup, seed, on_overlong)
         self._engine: Engine | None = Engine(
             load_model(
                 self.setup.folder,
@@ -128,7 +112,6 @@ class LLM:
             deterministic=deterministic,
             recipe=recipe,
         )
-        self._next_id = 0
 
     def __enter__(self) -> LLM:
         return self
@@ -223,25 +206,20 @@ class LLM:
         another thread reads and tokenizes it. ``on_step`` is called after every step.
         """
         engine = self.engine
-        source = enumerate(requests)
         known: dict[int, RequestOutput] = {}
-        reader = ThreadPoolExecutor(1, thread_name_prefix="quire-reader")
-        ahead: Future[list[Prepared]] | None = reader.submit(self._prepare, source)
+        watchdog = Watchdog(self.stall_seconds, engine.describe)
         try:
-            with Watchdog(self.stall_seconds, engine.describe) as watchdog:
-                while ahead is not None or engine.unfinished:
-                    if ahead is not None and engine.waiting <= self.window // 2:
-                        window = ahead.result()
-                        last = len(window) < self.window
-                        ahead = None if last else reader.submit(self._prepare, source)
-                        yield from self._add(window, known)
+            with Windows(self._preparer, requests, self.window) as windows, watchdog:
+                while windows.more or engine.unfinished:
+                    if windows.more and engine.waiting <= self.window // 2:
+                        yield from self._add(windows.take(), known)
                     if not engine.unfinished:
                         continue
                     watchdog.start()
                     results = engine.step()
                     watchdog.end()
                     for result in results:
-                        yield _complete(known.pop(result.id), result)
+                        yield complete(known.pop(result.id), result)
                     if on_step is not None:
                         on_step(self.stats)
         except KeyboardInterrupt:
@@ -251,29 +229,7 @@ class LLM:
                 ) from None
             raise
         finally:
-            reader.shutdown(cancel_futures=True)
             engine.abort_all()
-
-    def _prepare(
-        self, source: Iterator[tuple[int, tuple[Prompt, SamplingParams]]]
-    ) -> list[Prepared]:
-        """Read and tokenize the next window; no request where the row cannot run."""
-        window: list[Prepared] = []
-        for index, (prompt, params) in islice(source, self.window):
-            output = RequestOutput(index, prompt if isinstance(prompt, str) else None, [])
-            request = None
-            try:
-                text, ids = self.setup.encode(prompt)
-                output.prompt, output.prompt_token_ids = text, ids
-                request = self._request(index, ids, params)
-                output.prompt_token_ids = request.prompt.tolist()
-                self._next_id += 1
-            except RequestError as error:
-                if isinstance(error, PromptTooLongError) and self.on_overlong == "fail":
-                    raise
-                output.error = error
-            window.append((output, request))
-        return window
 
     def _add(
         self, window: list[Prepared], known: dict[int, RequestOutput]
@@ -282,29 +238,6 @@ class LLM:
         yield from (output for output, request in window if request is None)
         known.update({request.id: output for output, request in window if request is not None})
         self.engine.add(request for _, request in window if request is not None)
-
-    def _request(self, index: int, ids: list[int], params: SamplingParams) -> EngineRequest:
-        if not ids:
-            raise InvalidRequestError(
-                "The prompt is empty.", field="prompt", value="", action="Give at least one token."
-            )
-        context = self.setup.limits.context
-        room = context - min(params.max_tokens or 1, context - 1)
-        if self.on_overlong == "truncate-left":
-            ids = ids[-room:]
-        elif self.on_overlong == "truncate-right":
-            ids = ids[:room]
-        self.setup.limits.output_tokens(len(ids), params.max_tokens)
-        bad_words = []
-        for word in params.bad_words:  # a word continues a text with or without a space before it
-            for text in (word, f" {word}"):
-                bad_words.append(tuple(self.tokenizer.encode(text, special=False)))
-        seed = params.seed
-        if seed is None:
-            digest = hashlib.blake2b(f"{self.seed}/{index}".encode(), digest_size=7)
-            seed = int.from_bytes(digest.digest(), "big")
-        prompt = np.array(ids, dtype=np.int32)
-        return EngineRequest(self._next_id, prompt, params, seed, tuple(bad_words))
 
 
 def _check_option(name: str, value: object, allowed: Iterable[object]) -> None:
@@ -317,18 +250,3 @@ def _check_option(name: str, value: object, allowed: Iterable[object]) -> None:
             limit=names,
             action=f"Choose one of {', '.join(map(str, names))}.",
         )
-
-
-def _complete(output: RequestOutput, result: EngineResult) -> RequestOutput:
-    """Fill in what the engine found."""
-    output.cached_tokens = result.cached_tokens
-    output.prompt_logprobs = result.prompt_logprobs
-    for sample in result.samples:
-        scored = sample.logprobs or None
-        total = sum(entry.logprob for entry in scored) if scored is not None else None
-        output.outputs.append(
-            CompletionOutput(
-                sample.index, sample.text, sample.token_ids, total, scored, sample.finish_reason
-            )
-        )
-    return output

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +16,8 @@ from quire.api.llm import LLM
 from quire.api.setup import Setup
 from quire.decode.params import SamplingParams
 from quire.errors import QuireError
+from quire.fleet.fleet import Fleet
+from quire.fleet.processes import on_this_machine
 from quire.jobs.dry_run import dry_run
 from quire.jobs.progress import default_view
 from quire.jobs.run import Job, job_rows, run_job, write_stats
@@ -53,6 +57,17 @@ class Overlong(StrEnum):
 def _say(text: str) -> None:
     """Messages go to standard error; standard output is for data."""
     print(text, file=sys.stderr, flush=True)
+
+
+def _generator(workers: str | None, ray: str | None) -> Callable[..., LLM | Fleet]:
+    """What makes the engine: in this process, in several, or on a cluster."""
+    if ray is not None:
+        from quire.fleet.actors import on_ray  # importing Ray takes a second
+
+        return partial(on_ray, address=ray, workers=workers or "auto", warn=_say)
+    if workers is not None:
+        return partial(on_this_machine, workers=workers, warn=_say)
+    return LLM
 
 
 def run(
@@ -119,6 +134,14 @@ def run(
     plain: Annotated[
         bool, typer.Option(help="PyTorch alone and the reference attention (slow).")
     ] = False,
+    workers: Annotated[
+        str | None,
+        typer.Option(help="Processes, or Ray actors: a number, or auto for one each NUMA node."),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Ray cluster to run on: an address, auto or local."),
+    ] = None,
 ) -> None:
     """Run every row of INPUT through a model.
 
@@ -149,8 +172,8 @@ def run(
             _say(f"Memory\n{setup.budget.table()}")
             _say(dry_run(setup, job_rows(job, model, _say)).text())
             return
-        with LLM(
-            model,
+        with _generator(workers, ray)(
+            model=model,
             **options,
             kv=kv,
             policy=policy.value,

@@ -7,6 +7,8 @@ number generators", OOPSLA 2014).
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -30,6 +32,12 @@ def uniform(seeds: ArrayLike, counters: ArrayLike) -> NDArray[np.float64]:
         step = np.asarray(counters, dtype=np.uint64) * np.uint64(_GAMMA)
         bits = splitmix64(mixed + step) >> np.uint64(11)
         return np.asarray(bits * 2.0**-53, dtype=np.float64)
+
+
+def row_seed(seed: int, index: int) -> int:
+    """The 56-bit seed of row ``index`` (from 0) of a job with ``seed``, wherever the row runs."""
+    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=7)
+    return int.from_bytes(digest.digest(), "big")
 
 
 def derive_seed(base: int, sample: int) -> int:

@@ -14,7 +14,7 @@ from typing import IO, Any, Literal
 
 import psutil
 
-from quire.api.llm import LLM
+from quire.api.generator import Generator
 from quire.api.setup import Prompt
 from quire.decode.params import SamplingParams
 from quire.engine.budget import format_bytes
@@ -110,7 +110,7 @@ class Summary:
 class _Run:
     """The bookkeeping of one run."""
 
-    def __init__(self, llm: LLM, job: Job, write: Callable[[str], object]) -> None:
+    def __init__(self, llm: Generator, job: Job, write: Callable[[str], object]) -> None:
         self.llm = llm
         self.out = Ordered(write, job.order == "input")
         self.pending: dict[int, tuple[int, Row]] = {}  # request id -> input index, row
@@ -176,7 +176,7 @@ def job_rows(job: Job, model: str, warn: Callable[[str], None]) -> Iterator[Row 
 
 
 def run_job(
-    job: Job, llm: LLM, *, load_seconds: float, view: View, warn: Callable[[str], None]
+    job: Job, llm: Generator, *, load_seconds: float, view: View, warn: Callable[[str], None]
 ) -> Summary:
     """Run all rows; returns when every result is written.
 
@@ -222,12 +222,12 @@ def _open_output(job: Job, stack: ExitStack) -> IO[str]:
         ) from error
 
 
-def _summarise(run: _Run, llm: LLM, interrupted: bool, load_seconds: float) -> Summary:
+def _summarise(run: _Run, llm: Generator, interrupted: bool, load_seconds: float) -> Summary:
     stats = llm.stats
     seconds = time.perf_counter() - run.started
     return Summary(
         model=llm.model,
-        policy=llm.engine.world.policy.name,
+        policy=llm.policy,
         interrupted=interrupted,
         load_seconds=load_seconds,
         seconds=seconds,

@@ -263,6 +263,7 @@ class Engine:
         """Append a sampled token; returns the request's result if that finished it."""
         if not seq.output:
             seq.leaf.ends -= 1
+            self.world.counters.prompt_asked += len(seq.prompt)
         seq.output.append(token)
         self.world.counters.output += 1
         live = self._live[seq.id]

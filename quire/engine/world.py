@@ -35,7 +35,7 @@ class Work:
 class Counters:
     """What happened so far. Tokens unless said otherwise."""
 
-    prompt_asked: int = 0  # prompt tokens of all sequences, as if nothing were shared
+    prompt_asked: int = 0  # prompt tokens of sequences with an output, as if nothing were shared
     prompt_computed: int = 0  # prompt tokens computed, recomputation included
     recomputed: int = 0  # tokens computed again after preemption or eviction
     output: int = 0
@@ -66,7 +66,6 @@ class World:
                 self.tree.retain(leaf)
                 added.append(Sequence(self._next_sequence, request, sample, prompt, leaf, max_new))
                 self._next_sequence += 1
-                self.counters.prompt_asked += len(prompt)
         waiting = self.policy.arrange(self.tree, [*self.state.waiting, *added])
         self.state.waiting.clear()
         self.state.waiting.extend(waiting)

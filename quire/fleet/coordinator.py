@@ -22,7 +22,7 @@ from quire.fleet.messages import Advance, Command, Died, Message, Ready, Report,
 from quire.fleet.share import Costs, Share, in_order
 
 SUSPECT_DEATHS = 2  # a request that was there so often runs apart from others
-ALONE_DEATHS = 2  # one that was alone so often is given up
+ALONE_DEATHS = 3  # one that was alone so often is given up
 PIECES = 8  # into which suspects are divided when they have killed another worker
 START_DEATHS = 3  # in a row, while starting: the worker is given up
 FRUITLESS_DEATHS = 30  # in a row, without an answer to any request: the job is given up

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
+import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,6 +25,9 @@ try:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 except ImportError:
     ray = None
+
+CONNECT_SECONDS = 10.0
+RETRY_SECONDS = 10.0  # until a worker that found no node is started again
 
 
 def on_ray(
@@ -67,6 +72,8 @@ class Actors:
         self._gpus = str(options["device"]).startswith("cuda")
         self._handles: dict[int, Any] = {}
         self._calls: dict[Any, int] = {}  # reference of an answer -> worker
+        self._starting: set[int] = set()
+        self._later: list[tuple[float, int, Message]] = []  # time to tell it
         self._own = not ray.is_initialized()
         if self._own:
             _connect(address)
@@ -94,6 +101,7 @@ class Actors:
     def send(self, worker: int, command: Command) -> None:
         """Hand ``command`` over, without waiting for its answer."""
         if isinstance(command, Start):
+            self._starting.add(worker)
             self._calls[self._place(worker)] = worker
         else:
             self._calls[self._handles[worker].advance.remote(command)] = worker
@@ -103,7 +111,7 @@ class Actors:
         room, node = self._room(), self.nodes[worker]
         if node not in room:
             new = [name for name in room if name not in self._together]
-            node = new[0] if new else node  # a node that is gone makes the start fail
+            node = new[0] if new else node  # on a node that is gone, the start fails
             self._together[self.nodes[worker]] -= 1
             self._together[node] += 1
             self.nodes[worker] = node
@@ -117,7 +125,7 @@ class Actors:
         handle = (
             ray.remote(Worker)
             .options(
-                num_cpus=0 if self._gpus else max(1, cores // together),
+                num_cpus=0 if self._gpus else cores // together or cores / together,
                 num_gpus=1 if self._gpus else 0,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
                 max_restarts=0,
@@ -130,14 +138,25 @@ class Actors:
 
     def wait(self, seconds: float) -> list[tuple[int, Message]]:
         """Messages, as soon as there is one; none if nothing came within ``seconds``."""
-        if not self._calls:
-            return []
-        ray.wait(list(self._calls), num_returns=1, timeout=seconds)
-        done, _ = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0)
-        return [self._receive(call) for call in done]
+        calls, done = list(self._calls), []
+        if calls:
+            ray.wait(calls, num_returns=1, timeout=seconds)
+            done, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
+        elif self._later:
+            time.sleep(seconds)
+        now = time.monotonic()
+        for call in done:
+            worker = self._calls.pop(call)
+            message = self._receive(worker, call)
+            # The cluster takes a while to know that a node is gone, and to bring another.
+            lost = isinstance(message, Died) and message.error is None and worker in self._starting
+            self._later.append((now + RETRY_SECONDS if lost else now, worker, message))
+            self._starting.discard(worker)
+        told = [(worker, message) for due, worker, message in self._later if due <= now]
+        self._later = [each for each in self._later if each[0] > now]
+        return told
 
-    def _receive(self, call: Any) -> tuple[int, Message]:
-        worker = self._calls.pop(call)
+    def _receive(self, worker: int, call: Any) -> Message:
         message: Message
         try:
             message = ray.get(call)
@@ -148,7 +167,7 @@ class Actors:
         if isinstance(message, Died):
             with suppress(RayError):
                 ray.kill(self._handles.pop(worker))
-        return worker, message
+        return message
 
     def close(self) -> None:
         """End all workers at once."""
@@ -162,14 +181,20 @@ class Actors:
 
 
 def _connect(address: str) -> None:
+    """Connect to the cluster, or start one, without a word."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Reports of the cluster's nodes would go to standard output, which is for data.
+    ray._private.worker._worker_logs_enabled = False
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address == "local":
             ray.init("local", include_dashboard=False, **quiet)
-        else:
-            ray.init(address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+            return
+        host, _, port = address.rpartition(":")
+        if port.isdecimal() and "/" not in host:  # Ray itself tries for minutes
+            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+        ray.init(address, **quiet)
+    except (OSError, RuntimeError, ValueError) as error:
         raise QuireError(
             f"There is no Ray cluster at {address!r}: {error}",
             value=address,

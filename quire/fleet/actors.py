@@ -74,6 +74,7 @@ class Actors:
         self._calls: dict[Any, int] = {}  # reference of an answer -> worker
         self._starting: set[int] = set()
         self._later: list[tuple[float, int, Message]] = []  # time to tell it
+        count_workers(workers, 1)  # raises before anything is started
         self._own = not ray.is_initialized()
         if self._own:
             _connect(address)

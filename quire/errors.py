@@ -9,7 +9,8 @@
     ├── MemoryBudgetError       what was asked does not fit in the memory given
     ├── RequestError            one request cannot run; the others go on
     │   ├── InvalidRequestError      a field has a wrong type or value
-    │   └── PromptTooLongError       the prompt leaves no room in the context or the KV pool
+    │   ├── PromptTooLongError       the prompt leaves no room in the context or the KV pool
+    │   └── WorkerDiedError          the worker that ran it alone died, again and again
     ├── InputFileError          the input as a whole cannot be used
     ├── JournalError            a job cannot go on: its record is damaged, in use, of other settings
     └── EngineStallError        the engine made no progress; carries a dump of its state
@@ -85,6 +86,10 @@ class InvalidRequestError(RequestError):
 
 class PromptTooLongError(RequestError):
     """The prompt leaves no room in the model's context or in the KV pool."""
+
+
+class WorkerDiedError(RequestError):
+    """The worker that ran this request and nothing else died, again and again."""
 
 
 class InputFileError(QuireError):

@@ -13,6 +13,7 @@ ROOT = Path(quire.__file__).parent
 LEVELS = [
     {"cli"},
     {"jobs", "bench"},
+    {"fleet"},
     {"api"},
     {"engine"},
     {"schedule", "models", "decode"},

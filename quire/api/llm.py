@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 
-from quire.api.outputs import CompletionOutput, RequestOutput, Stats
+from quire.api.outputs import RequestOutput, Stats, complete
+from quire.api.prepare import OVERLONG, Overlong, Prepared, Preparer, Windows
 from quire.api.setup import DTYPES, Prompt, Setup
 from quire.decode.grammar import Grammars
 from quire.decode.params import SamplingParams
-from quire.decode.rng import row_seed
 from quire.engine.budget import Budget
 from quire.engine.engine import Engine
-from quire.engine.request import EngineRequest, EngineResult
 from quire.engine.watchdog import Watchdog
-from quire.errors import (
-    EngineStallError,
-    InvalidRequestError,
-    PromptTooLongError,
-    QuireError,
-    RequestError,
-)
+from quire.errors import EngineStallError, InvalidRequestError, QuireError
 from quire.kernels import native
 from quire.kv.method import Recipe
 from quire.kv.recipes import parse as parse_recipe
@@ -36,9 +26,6 @@ from quire.models.loader import load_model
 from quire.schedule.groups import Group, largest_groups
 from quire.schedule.policies import POLICIES
 
-Numbered = tuple[int, tuple[Prompt, SamplingParams]]
-Prepared = tuple[RequestOutput, EngineRequest | None]
-Overlong = Literal["error", "truncate-left", "truncate-right", "fail"]
 LARGEST_GROUPS = 64  # of a window, for `on_groups`
 
 
@@ -84,9 +71,7 @@ class LLM:
     ) -> None:
         _check_option("policy", policy, POLICIES)
         _check_option("dtype", dtype, [None, *DTYPES])
-        _check_option(
-            "on_overlong", on_overlong, ["error", "truncate-left", "truncate-right", "fail"]
-        )
+        _check_option("on_overlong", on_overlong, OVERLONG)
         for name, value in (("chunk", chunk), ("window", window), ("threads", threads)):
             if value is not None and value < 1:
                 raise InvalidRequestError(f"{name} must be at least 1.", field=name, value=value)
@@ -112,8 +97,6 @@ class LLM:
         self.policy = policy
         self.tokenizer = self.setup.tokenizer
         self.window = window
-        self.seed = seed
-        self.on_overlong = on_overlong
         self.stall_seconds = stall_seconds
         self.grammars = Grammars(
             self.tokenizer.to_json,
@@ -121,6 +104,7 @@ class LLM:
             self.tokenizer.eos_ids,
             torch.get_num_threads(),
         )
+        self._preparer = Preparer(self.setup, self.grammars, seed, on_overlong)
         self._engine: Engine | None = Engine(
             load_model(
                 self.setup.folder,
@@ -140,7 +124,6 @@ class LLM:
             deterministic=deterministic,
             recipe=recipe,
         )
-        self._next_id = 0
 
     def __enter__(self) -> LLM:
         return self
@@ -240,25 +223,20 @@ class LLM:
         ``on_groups`` with the prefixes that save most whenever a window is planned.
         """
         engine = self.engine
-        source = enumerate(requests)
         known: dict[int, RequestOutput] = {}
-        reader = ThreadPoolExecutor(1, thread_name_prefix="quire-reader")
-        ahead: Future[list[Prepared]] | None = reader.submit(self._prepare, source)
+        watchdog = Watchdog(self.stall_seconds, engine.describe)
         try:
-            with Watchdog(self.stall_seconds, engine.describe) as watchdog:
-                while ahead is not None or engine.unfinished:
-                    if ahead is not None and engine.waiting <= self.window // 2:
-                        window = ahead.result()
-                        last = len(window) < self.window
-                        ahead = None if last else reader.submit(self._prepare, source)
-                        yield from self._add(window, known, on_groups)
+            with Windows(self._preparer, requests, self.window) as windows, watchdog:
+                while windows.more or engine.unfinished:
+                    if windows.more and engine.waiting <= self.window // 2:
+                        yield from self._add(windows.take(), known, on_groups)
                     if not engine.unfinished:
                         continue
                     watchdog.start()
                     results = engine.step()
                     watchdog.end()
                     for result in results:
-                        yield _complete(known.pop(result.id), result)
+                        yield complete(known.pop(result.id), result)
                     if on_step is not None:
                         on_step(self.stats)
         except KeyboardInterrupt:
@@ -268,29 +246,7 @@ class LLM:
                 ) from None
             raise
         finally:
-            reader.shutdown(cancel_futures=True)
             engine.abort_all()
-
-    def _prepare(
-        self, source: Iterator[tuple[int, tuple[Prompt, SamplingParams]]]
-    ) -> list[Prepared]:
-        """Read and tokenize the next window; no request where the row cannot run."""
-        window: list[Prepared] = []
-        for index, (prompt, params) in islice(source, self.window):
-            output = RequestOutput(index, prompt if isinstance(prompt, str) else None, [])
-            request = None
-            try:
-                text, ids = self.setup.encode(prompt)
-                output.prompt, output.prompt_token_ids = text, ids
-                request = self._request(index, ids, params)
-                output.prompt_token_ids = request.prompt.tolist()
-                self._next_id += 1
-            except RequestError as error:
-                if isinstance(error, PromptTooLongError) and self.on_overlong == "fail":
-                    raise
-                output.error = error
-            window.append((output, request))
-        return window
 
     def _add(
         self,
@@ -305,24 +261,6 @@ class LLM:
         if on_groups is not None:
             on_groups(largest_groups((seq.leaf for seq in added), LARGEST_GROUPS))
 
-    def _request(self, index: int, ids: list[int], params: SamplingParams) -> EngineRequest:
-        context = self.setup.limits.context
-        room = context - min(params.max_tokens or 1, context - 1)
-        if self.on_overlong == "truncate-left":
-            ids = ids[-room:]
-        elif self.on_overlong == "truncate-right":
-            ids = ids[:room]
-        self.setup.limits.output_tokens(len(ids), params.max_tokens)
-        if params.structure is not None:
-            self.grammars.check(params.structure)
-        bad_words = []
-        for word in params.bad_words:  # a word continues a text with or without a space before it
-            for text in (word, f" {word}"):
-                bad_words.append(tuple(self.tokenizer.encode(text, special=False)))
-        seed = params.seed if params.seed is not None else row_seed(self.seed, index)
-        prompt = np.array(ids, dtype=np.int32)
-        return EngineRequest(self._next_id, prompt, params, seed, tuple(bad_words))
-
 
 def _check_option(name: str, value: object, allowed: Iterable[object]) -> None:
     names = [a for a in allowed if a is not None]
@@ -334,19 +272,3 @@ def _check_option(name: str, value: object, allowed: Iterable[object]) -> None:
             limit=names,
             action=f"Choose one of {', '.join(map(str, names))}.",
         )
-
-
-def _complete(output: RequestOutput, result: EngineResult) -> RequestOutput:
-    """Fill in what the engine found."""
-    output.error = result.error
-    output.cached_tokens = result.cached_tokens
-    output.prompt_logprobs = result.prompt_logprobs
-    for sample in result.samples:
-        scored = sample.logprobs or None
-        total = sum(entry.logprob for entry in scored) if scored is not None else None
-        output.outputs.append(
-            CompletionOutput(
-                sample.index, sample.text, sample.token_ids, total, scored, sample.finish_reason
-            )
-        )
-    return output

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from quire.decode.sampling import TokenLogprobs
+from quire.engine.request import EngineResult
 from quire.errors import RequestError
 
 
@@ -38,6 +39,22 @@ class RequestOutput:
     prompt_logprobs: list[TokenLogprobs] | None = None
     cached_tokens: int = 0
     error: RequestError | None = None
+
+
+def complete(output: RequestOutput, result: EngineResult) -> RequestOutput:
+    """Fill in what the engine found; returns ``output``."""
+    output.error = result.error
+    output.cached_tokens = result.cached_tokens
+    output.prompt_logprobs = result.prompt_logprobs
+    for sample in result.samples:
+        scored = sample.logprobs or None
+        total = sum(entry.logprob for entry in scored) if scored is not None else None
+        output.outputs.append(
+            CompletionOutput(
+                sample.index, sample.text, sample.token_ids, total, scored, sample.finish_reason
+            )
+        )
+    return output
 
 
 @dataclass(frozen=True)

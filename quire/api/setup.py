@@ -54,14 +54,18 @@ class Setup:
         chunk: int = 512,
         context: int | None = None,
         device: str = "cpu",
+        budget: Budget | None = None,
     ) -> Setup:
-        """Read everything but the weights. Raises ModelError or MemoryBudgetError."""
+        """Read everything but the weights. Raises ModelError or MemoryBudgetError.
+
+        ``budget``: the memory of where the model runs, if that is not this process.
+        """
         folder = model_folder(model)
         spec = load_spec(folder, context=context)
         held = DTYPES[dtype] if dtype is not None else stored_dtype(folder)
         asked = parse(weights) if weights is not None else None
         kv_token = token_bytes(len(spec.layers), spec.kv_heads, spec.head_dim, held)
-        budget = make_budget(
+        budget = budget or make_budget(
             spec,
             weight_bytes(folder, held, asked),
             dtype=held,

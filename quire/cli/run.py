@@ -5,9 +5,11 @@ from __future__ import annotations
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from enum import StrEnum
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +22,8 @@ from quire.cli.info import machine
 from quire.decode.params import SamplingParams
 from quire.decode.structure import Structure
 from quire.errors import InputFileError, QuireError
+from quire.fleet.fleet import Fleet
+from quire.fleet.processes import on_this_machine
 from quire.jobs.dry_run import dry_run
 from quire.jobs.job import Job
 from quire.jobs.log import JsonLog, Log, TextLog
@@ -81,6 +85,19 @@ def _structure(
     }
     asked = {name: value for name, value in forms.items() if value is not None}
     return Structure.of(asked) if asked else None
+
+
+def _backend(
+    workers: str | None, ray: str | None, warn: Callable[[str], None]
+) -> Callable[..., LLM | Fleet]:
+    """What makes the engine: in this process, in several, or on a cluster."""
+    if ray is not None:
+        from quire.fleet.actors import on_ray  # importing Ray takes a second
+
+        return partial(on_ray, address=ray, workers=workers or "auto", warn=warn)
+    if workers is not None:
+        return partial(on_this_machine, workers=workers, warn=warn)
+    return LLM
 
 
 def run(
@@ -188,6 +205,14 @@ def run(
     plain: Annotated[
         bool, typer.Option(help="PyTorch alone and the reference attention (slow).")
     ] = False,
+    workers: Annotated[
+        str | None,
+        typer.Option(help="Processes, or Ray actors: a number, or auto for one each NUMA node."),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Ray cluster to run on: an address, auto or local."),
+    ] = None,
 ) -> None:
     """Run every row of INPUT through a model. The same command goes on where a run was cut short.
 
@@ -259,8 +284,8 @@ def run(
         with _metrics(metrics_port, recorder):
             summary = run_job(
                 replace(job, settings=settings),
-                lambda: LLM(
-                    model,
+                lambda: _backend(workers, ray, log.warn)(
+                    model=model,
                     **options,
                     kv=kv,
                     policy=policy.value,

@@ -73,6 +73,25 @@ def workspace_bytes(spec: ModelSpec, chunk: int, dtype: torch.dtype) -> int:
     return chunk * ((kept + partials) * max(4, dtype.itemsize)) + tiles
 
 
+def divide_memory(memory: str | int | None, workers: int) -> int:
+    """Bytes for each of ``workers`` processes on this machine, this process set aside.
+
+    ``memory`` bounds them all together; None: most of what is available. Raises MemoryBudgetError
+    where that is more than the machine has.
+    """
+    resident = psutil.Process().memory_info().rss
+    available = psutil.virtual_memory().available + resident
+    asked = int(available * SHARE_OF_AVAILABLE) if memory is None else parse_bytes(memory)
+    if asked > available:
+        raise MemoryBudgetError(
+            f"{format_bytes(asked)} are asked for and {format_bytes(available)} are available.",
+            value=asked,
+            limit=available,
+            action=f"Ask for at most --memory {available // 2**20}MiB.",
+        )
+    return max(0, int(asked - resident)) // workers
+
+
 def make_budget(
     spec: ModelSpec,
     weights: int,

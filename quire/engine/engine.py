@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
@@ -348,9 +349,7 @@ class Engine:
     def _fail(self, request: int, reason: str) -> EngineResult:
         """Give up a request whose structure came to a dead end, with all its samples."""
         pending = self._pending.pop(request)
-        for seq in pending.sequences:
-            if self._live.pop(seq.id, None) is not None:
-                self.world.abort(seq)
+        self.world.abort([s for s in pending.sequences if self._live.pop(s.id, None) is not None])
         error = InvalidRequestError(
             f"The output could not follow its structure to the end: {reason}.", field=FIELD
         )
@@ -362,15 +361,28 @@ class Engine:
         detokenizer = Detokenizer(self.tokenizer, seq.prompt.tolist())
         return detokenizer.push(seq.output) + detokenizer.finish()
 
+    def not_started(self) -> list[int]:
+        """Requests of which nothing has been computed, in the order in which they would start."""
+        fresh = Counter(
+            seq.request
+            for seq in self.world.state.waiting
+            if not seq.output and not seq.computed_here
+        )
+        return [id for id, count in fresh.items() if count == len(self._pending[id].sequences)]
+
+    def withdraw(self, requests: Iterable[int]) -> None:
+        """Drop these unfinished requests, started or not, and give their KV back."""
+        gone = [self._pending.pop(id) for id in requests]
+        sequences = [seq for each in gone for seq in each.sequences if seq.id in self._live]
+        self.world.abort(sequences)
+        for seq in sequences:
+            del self._live[seq.id]
+
     def abort_all(self) -> None:
         """Drop every unfinished request and give its KV back."""
-        state = self.world.state
-        for seq in [*state.running, *state.waiting]:
-            self.world.abort(seq)
+        self.withdraw(list(self._pending))
         if self.grammars is not None:
             self.grammars.wait()
-        self._pending.clear()
-        self._live.clear()
 
     def describe(self) -> str:
         """The state of queues, pool and counters, for people who look for a fault."""

@@ -107,13 +107,17 @@ class World:
             self.state.output_ratio = counters.finished_ratio / counters.finished
         self._leave(seq)
 
-    def abort(self, seq: Sequence) -> None:
-        """Drop an unfinished sequence."""
-        if seq in self.state.running:
+    def abort(self, dropped: Iterable[Sequence]) -> None:
+        """Drop unfinished sequences and give back what they hold."""
+        ids = {seq.id for seq in dropped}
+        for seq in [seq for seq in self.state.running if seq.id in ids]:
             self._leave(seq)
-        else:
-            self.state.waiting.remove(seq)
-            self._let_go(seq)
+        waiting = list(self.state.waiting)
+        self.state.waiting.clear()
+        self.state.waiting.extend(seq for seq in waiting if seq.id not in ids)
+        for seq in waiting:
+            if seq.id in ids:
+                self._let_go(seq)
 
     def view(self, seq: Sequence, entries: int) -> Segment | None:
         """Move a running ``seq`` to a node of its own, with slots for ``entries`` of its prompt.

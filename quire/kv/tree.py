@@ -150,7 +150,7 @@ class PrefixTree:
             child = node.children.get(int(tokens[at]))
             if child is None:
                 break
-            same = _common(child.tokens, tokens[at:])
+            same = common_prefix(child.tokens, tokens[at:])
             node, at = child, at + same
             if same < len(child.tokens):
                 break
@@ -272,7 +272,7 @@ class PrefixTree:
         return _below(self.root)
 
 
-def _common(a: Tokens, b: Tokens) -> int:
+def common_prefix(a: Tokens, b: Tokens) -> int:
     """Length of the common prefix of two token arrays."""
     size = min(len(a), len(b))
     differs = a[:size] != b[:size]

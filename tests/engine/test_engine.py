@@ -291,6 +291,74 @@ def test_abort_gives_everything_back() -> None:
     assert engine.unfinished == 0
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    policy=st.sampled_from(["batch", "fcfs"]),
+    steps=st.integers(0, 12),
+    started=st.booleans(),
+)
+def test_withdrawn_requests_leave_nothing_behind(
+    seed: int, policy: str, steps: int, started: bool
+) -> None:
+    """Whether they had started or not; added again, they get the same tokens."""
+    rng = random.Random(seed)
+    requests = random_requests(seed)
+    expected, _ = run(requests)
+    engine = Engine(
+        MockModel(),  # type: ignore[arg-type]
+        ByteTokenizer(),  # type: ignore[arg-type]
+        policy=POLICIES[policy],
+        kv_bytes=(max(map(pages_needed, requests)) + 3) * PAGE_BYTES,
+        chunk=16,
+        eos_ids=(0,),
+    )
+    engine.add(requests)
+    found = {result.id: result for _ in range(steps) for result in step(engine)}
+    choice = [r.id for r in requests if r.id not in found] if started else engine.not_started()
+    withdrawn = rng.sample(choice, rng.randrange(len(choice) + 1))
+    engine.withdraw(withdrawn)
+    assert engine.unfinished == len(requests) - len(found) - len(withdrawn)
+    if rng.random() < 0.5:
+        engine.add(r for r in requests if r.id in withdrawn)
+        withdrawn = []
+    while engine.unfinished:
+        found.update({result.id: result for result in step(engine)})
+    assert set(found) == {r.id for r in requests} - set(withdrawn)
+    assert tokens(found) == {k: v for k, v in tokens(expected).items() if k in found}
+    if policy == "batch":
+        assert engine.world.pool.used_pages == 0
+        assert not list(engine.world.tree.nodes())
+
+
+def step(engine: Engine) -> list[EngineResult]:
+    """One step, if there is anything to do, and a look at the pool."""
+    results = engine.step() if engine.unfinished else []
+    world = engine.world
+    held = [node.segment for node in world.tree.resident.values() if node.segment]
+    world.pool.check(held + [seq.tail for seq in world.state.running])
+    return results
+
+
+def test_not_started_requests_come_in_their_order() -> None:
+    engine = Engine(
+        MockModel(),  # type: ignore[arg-type]
+        None,
+        policy=POLICIES["fcfs"],
+        kv_bytes=999 * PAGE_BYTES,
+        chunk=40,
+    )
+    requests = random_requests(5) + shared(1, 9)
+    engine.add([replace(r, id=i) for i, r in enumerate(requests)])
+    left = engine.not_started()
+    assert left == list(range(len(requests)))
+    while left:
+        engine.step()
+        now = engine.not_started()
+        assert now == left[len(left) - len(now) :]
+        left = now
+
+
 def test_policies_are_plain_data() -> None:
     assert all(isinstance(policy, Policy) for policy in POLICIES.values())
     assert torch.is_tensor(MockModel().embedding)

@@ -11,6 +11,7 @@ from typing import IO, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
+LINE_SECONDS = 10.0
 BAR_SECONDS = 0.1
 
 
@@ -87,7 +88,7 @@ class View(Protocol):
 class Lines:
     """A plain line every ``seconds``, for logs."""
 
-    def __init__(self, stream: IO[str], seconds: float) -> None:
+    def __init__(self, stream: IO[str], seconds: float = LINE_SECONDS) -> None:
         self._stream = stream
         self._seconds = seconds
         self._last = time.monotonic()

@@ -13,10 +13,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from quire import LLM, SamplingParams
 from quire.errors import InvalidRequestError
+from quire.jobs.job import Job
 from quire.jobs.metrics import JobCollector, parse_address, serve_metrics
 from quire.jobs.progress import Lines
 from quire.jobs.recorder import STEP_SECONDS, Recorder
-from quire.jobs.run import Job, run_job
+from quire.jobs.run import run_job
 
 
 def scrape(port: int) -> dict[str, float]:
@@ -37,12 +38,16 @@ def test_a_job_is_scraped(tinystories: Path, tmp_path: Path) -> None:
     rows = [json.dumps({"prompt": f"{shared}{name}"}) for name in ("Tom", "Max", "Lily", "Sam")]
     source.write_text("\n".join([*rows, "{", '{"prompt": 5}']))
     recorder = Recorder()
-    job = Job(str(source), str(tmp_path / "out.jsonl"), SamplingParams(max_tokens=6))
-    with LLM(tinystories, kv_memory="8MiB") as llm, serve_metrics("0", recorder) as port:
+    job = Job((str(source),), str(tmp_path / "out.jsonl"), SamplingParams(max_tokens=6))
+    with serve_metrics("0", recorder) as port:
         before = scrape(port)
         with open(tmp_path / "log", "w") as log:
             summary = run_job(
-                job, llm, load_seconds=0.0, view=Lines(log, 0.0), warn=print, recorder=recorder
+                job,
+                lambda: LLM(tinystories, kv_memory="8MiB"),
+                view=Lines(log, 0.0),
+                say=print,
+                recorder=recorder,
             )
         found = scrape(port)
     assert before["quire_rows_finished_total{result=ok}"] == 0

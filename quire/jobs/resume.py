@@ -53,9 +53,15 @@ def unfinished(
         )
 
 
-def verify(records: Iterable[Record], journal: Journal, limit: int | None) -> None:
-    """Compare all finished rows with the input, which is read as far as they go."""
+def verify(records: Iterable[Record], journal: Journal, limit: int | None) -> bool:
+    """Compare all finished rows with the input, which is read as far as they go.
+
+    Returns whether something is left to run. Raises JournalError as `unfinished` does.
+    """
     last = journal.last()
+    left = False
     for record in unfinished(records, journal, limit, lambda *_: None):
+        left = True
         if record.index > last:
-            return
+            break
+    return left

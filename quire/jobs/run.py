@@ -279,12 +279,11 @@ def run_job(
             finished, _ = journal.get("counts")
             if finished:
                 say(f"{finished} rows are finished already.")
-            if job.rereadable:
-                verify(job.records(), journal, job.limit)
             seen = Seen()
-            left = unfinished(job.records(), journal, job.limit, seen.note)
-            first = next(left, None)
-            records = chain([first] if first is not None else [], left)
+            records: Iterator[Record] = iter(())
+            if not job.rereadable or verify(job.records(), journal, job.limit):
+                records = unfinished(job.records(), journal, job.limit, seen.note)
+            first = next(records, None)
             with closing(
                 open_output(job.output, job.order, journal.get("exported"), job.source)
             ) as output:
@@ -295,7 +294,8 @@ def run_job(
                 state: State = "failed"
                 try:
                     if first is not None:
-                        run.execute(load, ((r, parser.read(r)) for r in records), view)
+                        left = chain([first], records)
+                        run.execute(load, ((r, parser.read(r)) for r in left), view)
                     state = "done"
                 except KeyboardInterrupt:
                     state = "cancelled" if writer.cancelled else "interrupted"

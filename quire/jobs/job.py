@@ -13,10 +13,11 @@ from typing import Any
 
 from quire.decode.params import SamplingParams
 from quire.errors import InputFileError
+from quire.jobs.files import find_files
 from quire.jobs.journal import Journal, remove
 from quire.jobs.lock import locked
 from quire.jobs.output import Order, fits, is_stream
-from quire.jobs.records import Record, find_files, read_records
+from quire.jobs.records import Record, read_records
 from quire.jobs.rows import PROMPT_COLUMNS
 from quire.jobs.settings import check_settings
 

@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 
 from quire.errors import InputFileError, InvalidRequestError
 from quire.jobs.arrow import open_arrow, open_parquet
-from quire.jobs.records import Record, find_files
+from quire.jobs.files import find_files
+from quire.jobs.records import Record
 from quire.jobs.streams import open_input, recognise
 
 _ROWS = 16384  # most rows of a row group

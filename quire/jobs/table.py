@@ -7,8 +7,9 @@ from pathlib import Path
 
 from quire.errors import InputFileError
 from quire.jobs.extras import require_pyarrow
+from quire.jobs.files import find_files
 from quire.jobs.journal import Finished, Journal
-from quire.jobs.records import Record, find_files, read_records
+from quire.jobs.records import Record, read_records
 
 
 class Table:

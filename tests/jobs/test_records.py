@@ -19,7 +19,8 @@ from files import FORMATS, arrow, comma_separated, jsonl, parquet, write, zst
 
 from quire.errors import InputFileError, InvalidRequestError
 from quire.jobs import records
-from quire.jobs.records import Record, find_files, parse_json, read_records
+from quire.jobs.files import find_files
+from quire.jobs.records import Record, parse_json, read_records
 
 ROWS = [{"prompt": f'Number {i}, ä\n"quoted"', "custom_id": f"r{i}"} for i in range(10)]
 

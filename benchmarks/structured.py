@@ -263,7 +263,8 @@ def invalid_by(text: str, schema: dict[str, Any]) -> str | None:
     """The keyword that an output breaks, or None."""
     try:
         validator = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
-        error = next(iter(validator(schema).iter_errors(json.loads(text))), None)
+        checker = validator(schema, format_checker=validator.FORMAT_CHECKER)
+        error = next(iter(checker.iter_errors(json.loads(text))), None)
     except json.JSONDecodeError:
         return "JSON"
     except Exception as broken:  # the schema itself is at fault
@@ -283,7 +284,7 @@ def make_model(folder: Path, corpus: list[Path]) -> Path:
             special_tokens=["<unk>", "<s>", "</s>"],
             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         )
-        lines = (line for file in corpus for line in gzip.open(file, "rt", encoding="utf-8"))  # noqa: SIM115
+        lines = (line for file in corpus for line in gzip.open(file, "rt", encoding="utf-8"))
         backend.train_from_iterator(lines, trainer)
         backend.save(str(target / "tokenizer.json"))
         (target / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')

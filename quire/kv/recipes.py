@@ -43,6 +43,7 @@ METHODS: dict[str, Callable[..., Any]] = {
 
 AXES = ("select", "store", "fetch", "sparse", "shorten")
 _WORDS = ("true", "false", "none")
+_ONCE = "give it every=none."
 _PART = re.compile(r"\s*([a-z0-9_]+)\s*(?:\((.*)\))?\s*", re.DOTALL)
 
 
@@ -104,12 +105,31 @@ def _compose(recipe: Recipe, more: Recipe, part: str) -> Recipe:
                 "Take one method for each of select, store and fetch.",
             )
         recipe = replace(recipe, **{axis: method})
-    if recipe.select is not None and recipe.fetch is not None and recipe.select.every is not None:
-        raise _invalid(
-            "A selection that goes on while decoding cannot be combined with a fetch.",
-            "The fetch's index would be stale after every selection.",
-        )
+    if recipe.select is not None and recipe.select.every is not None:
+        if recipe.fetch is not None:
+            raise _invalid(
+                "A selection that goes on while decoding cannot be combined with a fetch.",
+                f"The fetch's index would be stale after every selection: {_ONCE}",
+            )
+        if recipe.store is not None:
+            raise _invalid(
+                "A selection that goes on while decoding cannot be combined with a store.",
+                f"Every selection would unpack all and lose a little more: {_ONCE}",
+            )
     return recipe
+
+
+def check(recipe: Recipe, facts: Facts, context: int) -> None:
+    """Raise InvalidRequestError where a recipe makes no sense for a model with that context."""
+    window = min((w for w in facts.windows if w is not None), default=context)
+    if recipe.select is not None and window < context:
+        raise _invalid(
+            f"Some layers of the model see the last {window} tokens only, and would see nothing of "
+            "older entries that a selection keeps.",
+            f"Take a store or a fetch, or a context that fits the window: --context {window}.",
+        )
+    if recipe.shorten is not None:
+        recipe.shorten.layers(facts.layers)  # raises for a layer that the model does not have
 
 
 def _invalid(what: str, action: str) -> InvalidRequestError:

@@ -98,7 +98,7 @@ def same_level(scores: Tensor, total: int, most: int) -> list[int]:
     reached = ordered.cumsum(-1) / ordered.sum(-1, keepdim=True).clamp(min=1e-300)
     before = torch.cat([torch.zeros(len(scores), 1), reached[:, :-1]], dim=-1)[:, :most]
     chosen = before.flatten().argsort(stable=True)[:total]
-    return torch.bincount(chosen // most, minlength=len(scores)).tolist()  # type: ignore[no-any-return]
+    return torch.bincount(chosen // most, minlength=len(scores)).tolist()
 
 
 def longest(entries: Entries) -> int:

@@ -16,7 +16,7 @@ from quire.kv.select.merging import merged
 
 @dataclass(frozen=True)
 class SimilarRuns:
-    """Merge neighbouring entries whose keys are most alike until ``budget`` entries a head are left.
+    """Merge the neighbouring entries that are most alike until ``budget`` a head are left.
 
     Done once, at the end of prefill. Neighbours are joined whose rotated keys have a cosine of at
     least ``eps``, the most alike first: with ``eps=-1.0`` the budget is met whatever they are, with

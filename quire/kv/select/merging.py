@@ -31,8 +31,8 @@ def merged(
 
     def mean(x: Tensor) -> Tensor:
         spread = label[..., None].expand_as(x)
-        summed = x.new_zeros(*lead.shape, x.shape[-1]).scatter_add_(1, spread, x * weight[..., None])
-        return summed / total
+        sums = x.new_zeros(*lead.shape, x.shape[-1])
+        return sums.scatter_add_(1, spread, x * weight[..., None]) / total
 
     keys = entries.keys.float()
     if unrotate:

@@ -28,7 +28,7 @@ def make_facts(
     dtype: torch.dtype = torch.float32,
     softcap: float | None = None,
 ) -> Facts:
-    def turn(layer: int, x: Tensor, positions: Tensor, back: bool) -> Tensor:
+    def turn(_layer: int, x: Tensor, positions: Tensor, back: bool) -> Tensor:
         at = positions.expand(x.shape[:-1]).flatten()
         cos, sin = rope.tables(Rope(10000.0, head_dim, "default"), at)
         flat = x.reshape(len(at), 1, head_dim).float()
@@ -117,7 +117,8 @@ class Sequence:
             return pad(heads)
 
         def mass(layer: int) -> Tensor:
-            rows = [[m[t] for t in h] for m, h in zip(self.mass[layer], self.held[layer])]
+            both = zip(self.mass[layer], self.held[layer], strict=True)
+            rows = [[mass[t] for t in held] for mass, held in both]
             longest = max(map(len, rows))
             return torch.tensor([row + [0.0] * (longest - len(row)) for row in rows])
 

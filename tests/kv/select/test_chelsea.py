@@ -99,12 +99,10 @@ def test_prompt(
                 torch.testing.assert_close(entries.bias[head].exp(), torch.tensor(counts).float())
 
 
-def grown(sequence: Sequence, found: list[Entries], recent: int) -> Seen:
+def grown(sequence: Sequence, found: list[Entries]) -> Seen:
     """What the sequence holds once it has decoded to its end after a selection."""
-    first = len(found[0].positions[0]) and int(found[0].positions.max()) + 1
-    for _ in range(sequence.queries.shape[1] - sequence.tokens):
-        sequence.tokens += 1
-    fresh = torch.arange(first, sequence.tokens)
+    fresh = torch.arange(sequence.tokens, sequence.queries.shape[1])
+    sequence.tokens = sequence.queries.shape[1]
 
     def entries(layer: int) -> Entries:
         at = fresh.expand(sequence.facts.kv_heads, -1)
@@ -122,7 +120,7 @@ def test_decoding_clusters_what_leaves_the_newest() -> None:
     method = SoftMatching(30, 16, 4, 8, mass_bias=True)
     found = method.select(sequence.seen())
     assert found is not None
-    again = method.select(grown(sequence, found, 8))
+    again = method.select(grown(sequence, found))
     assert again is not None
     share = (30 - 4 - 8) / (60 - 4 - 8)
     keep = round(16 * share)

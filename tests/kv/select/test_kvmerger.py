@@ -81,9 +81,7 @@ def smooth(facts: Facts, size: int, seed: int = 0) -> Sequence:
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_like_loops(
-    heads: int, kv_heads: int, method: SimilarRuns, dtype: torch.dtype
-) -> None:
+def test_like_loops(heads: int, kv_heads: int, method: SimilarRuns, dtype: torch.dtype) -> None:
     facts = make_facts(heads, kv_heads, dtype=dtype)
     sequence = smooth(facts, 41)
     budget = method.budget if isinstance(method.budget, int) else round(method.budget * 41)

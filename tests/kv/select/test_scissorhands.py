@@ -58,7 +58,7 @@ def test_overflow_by_overflow(heads: int, kv_heads: int, every: int) -> None:
             if len(held) > 12:
                 compressions += 1
                 count = low(mine, layer, head, 6)
-                good = top(held[:-3], lambda t: -count[t], 6 - 3)
+                good = top(held[:-3], lambda t, count=count: -count[t], 6 - 3)  # type: ignore[misc]
                 mine.held[layer][head] = good + held[-3:]
 
     look()

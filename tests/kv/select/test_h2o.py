@@ -66,10 +66,10 @@ def test_what_always_holds(prompt: int, budget: int, recent: float, every: int |
     newest = recent if isinstance(recent, int) else round(recent * budget)
     for step, held in enumerate(history):
         for tokens in held[0]:
-            fresh = 8 if every is None else (step + 1) % every
-            assert len(tokens) <= max(budget, min(prompt, budget)) + fresh
-            count = min(newest, budget) + fresh if every is not None else step + 1
-            assert tokens[-count:] == list(range(prompt + step + 1))[-len(tokens[-count:]) :]
+            fresh = step + 1 if every is None else (step + 1) % every
+            assert len(tokens) <= budget + fresh
+            last = tokens[len(tokens) - min(len(tokens), min(newest, budget) + fresh) :]
+            assert last == list(range(prompt + step + 1 - len(last), prompt + step + 1))
 
 
 def test_a_recent_budget_is_a_window() -> None:

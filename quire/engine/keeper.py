@@ -303,6 +303,9 @@ class Keeper:
 
     def _fill(self, segment: Segment, layers: list[Entries]) -> None:
         """Write entries, as many as each layer and head has, into an empty segment's slots."""
+        biased = any(entries.bias is not None for entries in layers)
+        if biased:  # to be stored, with whole pages
+            segment.entries = len(segment.slots)
         kept = np.zeros((self.facts.layers, self.facts.kv_heads), dtype=np.int64)
         places = np.zeros((*kept.shape, segment.entries), dtype=np.int32)
         for layer, entries in enumerate(layers):
@@ -316,7 +319,7 @@ class Keeper:
         segment.places = places
         if (kept != segment.entries).any():
             segment.kept = kept
-        if any(entries.bias is not None for entries in layers):
+        if biased:
             self._fill_biased(segment, layers)
 
     def _fill_biased(self, segment: Segment, layers: list[Entries]) -> None:
@@ -324,7 +327,8 @@ class Keeper:
         plain = Plain(tuple(entries.widened(segment.entries) for entries in layers))
         pool = self.world.pool
         freed = pool.store(segment, segment.entries, plain, len(pool.pages_of(segment)))
-        self.arena.forget(freed or ())
+        assert freed is not None
+        self.arena.forget(freed)
 
 
 def _apply(

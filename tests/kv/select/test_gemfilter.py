@@ -25,9 +25,7 @@ def scores_of(q: torch.Tensor, keys: torch.Tensor, kernel: int) -> list[float]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kernel", [1, 5])
 @pytest.mark.parametrize("size", [1, 20, 21, 77])
-def test_like_loops(
-    heads: int, kv_heads: int, dtype: torch.dtype, kernel: int, size: int
-) -> None:
+def test_like_loops(heads: int, kv_heads: int, dtype: torch.dtype, kernel: int, size: int) -> None:
     generator = torch.Generator().manual_seed(size)
     q = torch.randn(heads, 8, generator=generator).to(dtype)
     keys = torch.randn(kv_heads, size, 8, generator=generator).to(dtype)

@@ -105,22 +105,33 @@ def _compose(recipe: Recipe, more: Recipe, part: str) -> Recipe:
                 "Take one method for each of select, store and fetch.",
             )
         recipe = replace(recipe, **{axis: method})
-    if recipe.select is not None and recipe.select.every is not None:
-        if recipe.fetch is not None:
-            raise _invalid(
-                "A selection that goes on while decoding cannot be combined with a fetch.",
-                f"The fetch's index would be stale after every selection: {_ONCE}",
-            )
-        if recipe.store is not None:
-            raise _invalid(
-                "A selection that goes on while decoding cannot be combined with a store.",
-                f"Every selection would unpack all and lose a little more: {_ONCE}",
-            )
+    _check_together(recipe)
     return recipe
+
+
+def _check_together(recipe: Recipe) -> None:
+    if recipe.store is not None and getattr(recipe.select, "mass_bias", False):
+        raise _invalid(
+            "Entries with a bias cannot be packed by a store.",
+            "Give the selection mass_bias=false.",
+        )
+    if recipe.select is None or recipe.select.every is None:
+        return
+    if recipe.fetch is not None:
+        raise _invalid(
+            "A selection that goes on while decoding cannot be combined with a fetch.",
+            f"The fetch's index would be stale after every selection: {_ONCE}",
+        )
+    if recipe.store is not None:
+        raise _invalid(
+            "A selection that goes on while decoding cannot be combined with a store.",
+            f"Every selection would unpack all and lose a little more: {_ONCE}",
+        )
 
 
 def check(recipe: Recipe, facts: Facts, context: int) -> None:
     """Raise InvalidRequestError where a recipe makes no sense for a model with that context."""
+    _check_together(recipe)
     window = min((w for w in facts.windows if w is not None), default=context)
     if recipe.select is not None and window < context:
         raise _invalid(

@@ -21,6 +21,8 @@ from quire.engine.request import EngineRequest, EngineResult
 from quire.errors import InvalidRequestError
 from quire.kv.method import Entries, Facts, Plain, Reader, Recipe, Seen
 from quire.kv.recipes import parse
+from quire.kv.select.h2o import HeavyHitters
+from quire.kv.select.kvmerger import SimilarRuns
 from quire.schedule.policies import POLICIES
 from toy import ByteTokenizer, MockModel
 
@@ -211,6 +213,13 @@ def test_shared_nodes_are_packed_once() -> None:
         ("kivi+kivi", "store"),
         ("snapkv+streaming", "select"),
         ("streaming+landmarks", "stale"),
+        ("h2o+kivi", "lose a little more"),
+        ("kvmerger(value_mass=false,mass_bias=true)+kivi", "bias"),
+        ("h2o(budget=half)", "int or float"),
+        ("h2o(budget=true)", "int or float"),
+        ("h2o(budget=1.5)", "share"),
+        ("h2o(every=2.0)", "int or none"),
+        ("h2o(fair=1)", "bool"),
         ("snapkv(", "snapkv"),
     ],
 )
@@ -224,5 +233,8 @@ def test_composition() -> None:
     assert recipe.select is not None
     assert recipe.store is not None
     assert recipe.fetch is not None
+    h2o = parse("h2o(budget=0.25,recent=8,fair=true,every=none)+kivi").select
+    assert h2o == HeavyHitters(0.25, 8, True, None)
+    assert parse("kvmerger(eps=-1,budget=64)").select == SimilarRuns(64, -1.0)
     assert parse("none").plain
     assert parse("").plain

@@ -354,7 +354,7 @@ def test_a_layer_that_is_not_there() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("text", METHODS_SMALL + [GEMS])
+@pytest.mark.parametrize("text", [*METHODS_SMALL, GEMS])
 def test_the_demonstration_model(text: str) -> None:
     story = "It was a dark and stormy night, and the old man sat by the fire. " * 3
     prompts = [story + end for end in ("Then", "The dog barked and", "She said that")]

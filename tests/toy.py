@@ -45,10 +45,12 @@ class MockModel:
         self.embedding = torch.randn(BYTES, 8, generator=generator)
         self.places = torch.randn(self.spec.context, 8, generator=generator)
 
-    def forward(self, ids: Tensor, positions: Tensor, attend: object) -> Tensor:
+    def forward(
+        self, ids: Tensor, positions: Tensor, attend: object, *, layers: int | None = None
+    ) -> Tensor:
         self.tokens_seen += len(ids)
         x = self.embedding[ids] + self.places[positions]
-        for layer in range(len(self.spec.layers)):
+        for layer in range(len(self.spec.layers))[:layers]:
             q = torch.stack([x, x.flip(-1)], dim=1)
             k, v = x[:, None].clone(), x.roll(1, -1)[:, None]
             x = x + attend(layer, q, k, v, None).sum(1)  # type: ignore[operator]

@@ -20,11 +20,12 @@ from quire.engine.keeper import Keeper
 from quire.engine.limits import PAGE_TOKENS, Limits
 from quire.engine.request import EngineRequest, EngineResult, SampleResult
 from quire.engine.runner import Runner
-from quire.engine.shorten import shorten
+from quire.engine.shorten import Shortener
 from quire.engine.world import Work, World
 from quire.errors import EngineStallError, InvalidRequestError
 from quire.kv.arena import Arena, TiledArena, token_bytes
 from quire.kv.method import Recipe, Shorten
+from quire.kv.recipes import check
 from quire.models.decoder import Decoder
 from quire.models.tokenizer import Detokenizer, Tokenizer
 from quire.schedule.state import Policy
@@ -104,7 +105,10 @@ class Engine:
         self.keeper: Keeper | None = None
         if recipe is not None and not recipe.plain:
             facts = make_facts(model, tokenizer)
+            check(recipe, facts, spec.context)
             self.keeper = Keeper(recipe, facts, arena, self.world, self.limits.page_bytes)
+            if recipe.select is not None:
+                self.world.state.stride = recipe.select.every
         self.runner = Runner(model, arena, plain, deterministic, self.keeper)
         self.tokenizer = tokenizer
         self.eos_ids = eos_ids
@@ -132,7 +136,7 @@ class Engine:
         started = time.perf_counter()
         batch = list(requests)
         if self.keeper is not None and self.keeper.recipe.shorten is not None:
-            batch = [self._shorten(r, self.keeper.recipe.shorten) for r in batch]
+            batch = self._shorten(batch, self.keeper.recipe.shorten)
         added = self.world.add(
             (
                 r.id,
@@ -153,11 +157,17 @@ class Engine:
         self.times.insert += time.perf_counter() - started
         return added
 
-    def _shorten(self, request: EngineRequest, method: Shorten) -> EngineRequest:
-        if request.params.prompt_logprobs is not None:
-            return request  # its scores belong to the whole prompt
-        kept = shorten(self.runner.model, method, request.prompt, self.world.state.chunk)
-        return request if kept is None else replace(request, prompt=request.prompt[kept])
+    def _shorten(self, batch: list[EngineRequest], method: Shorten) -> list[EngineRequest]:
+        """The requests with shortened prompts, but for those whose whole prompt is scored."""
+        run = Shortener(self.runner.model, method, self.world.state.chunk)
+        found = list(batch)
+        for i in sorted(range(len(batch)), key=lambda i: batch[i].prompt.tobytes()):
+            request = batch[i]
+            if request.params.prompt_logprobs is None:
+                kept = run.places(request.prompt)
+                if kept is not None:
+                    found[i] = replace(request, prompt=request.prompt[kept])
+        return found
 
     def _new_live(self, seq: Seq, request: EngineRequest) -> _Live:
         params = request.params

@@ -42,6 +42,7 @@ def make_facts(model: Decoder, tokenizer: Tokenizer | None) -> Facts:
         tuple(layer.window for layer in spec.layers),
         turn,
         functools.cache(lambda: _calibrate(model, tokenizer)),
+        spec.softcap,
     )
 
 

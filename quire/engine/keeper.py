@@ -33,11 +33,13 @@ MASS_ROWS = 64  # rows whose attention weights exist at once
 class Notes:
     """What is remembered of a segment's rows. Lists have one tensor a layer.
 
-    ``queries``: the last rotated ones ``[w, heads, head_dim]``; ``mass``: attention that its rows
+    ``rows``: how many were watched, fewer than the segment has after a later prompt has cut it in
+    two. ``queries``: the last rotated ones ``[w, heads, head_dim]``; ``mass``: attention that they
     gave to every entry before them, ``[kv_heads, entries]``. Of a sequence's view, both are of its
     tail as well.
     """
 
+    rows: int = 0
     queries: list[Tensor] = field(default_factory=list)
     mass: list[Tensor] = field(default_factory=list)
     index: Index | None = None
@@ -90,11 +92,12 @@ class Keeper:
             if select is None:
                 continue
             decoding = work.node is None
-            if decoding and select.every is None:
-                continue  # it never selects again
+            if decoding and not select.online:
+                continue
             segment = work.sequence.leaf.segment if decoding else work.item.segment
             assert segment is not None
             notes = self.notes(segment)
+            notes.rows += work.item.count if layer == 0 else 0
             if select.window:
                 known = notes.queries[layer] if layer < len(notes.queries) else q[:0]
                 _put(notes.queries, layer, torch.cat([known, q[rows]])[-select.window :].clone())
@@ -113,7 +116,8 @@ class Keeper:
             window = visible_at(positions[part], entries, self.facts.windows[layer])
             if window is not None:
                 seen = seen & window
-            scores = weigh(q[part], entries, scale=self.facts.scale, softcap=None, visible=seen)
+            facts = self.facts
+            scores = weigh(q[part], entries, scale=facts.scale, softcap=facts.softcap, visible=seen)
             total += scores.softmax(-1).sum((0, 2))
         _put(notes.mass, layer, total)
 
@@ -234,21 +238,42 @@ class Keeper:
             lambda layer: self.path_entries(item, layer),
             queries,
             mass,
-            chain[-1].state,
+            chain[-1].state if seq.leaf.id in self.world.views else {},
         )
+
+    def _watched(self, seq: Seq) -> bool:
+        """Whether the selector can be shown what it wants to see of the prompt.
+
+        Rows above the place where a later prompt has cut a node have left their notes below it.
+        """
+        select = self.recipe.select
+        assert select is not None
+        needed = len(seq.prompt) if select.mass else min(select.window, len(seq.prompt))
+        rows = tokens = 0
+        for segment, _ in reversed(_segments(seq.leaf.path())):
+            if rows >= needed:
+                break
+            rows += self.notes(segment).rows
+            tokens += segment.length
+            if rows < tokens:
+                return False
+        return True
 
     def _view(self, seq: Seq) -> None:
         """Give ``seq`` its own copy of what the selector keeps of its prompt."""
         select = self.recipe.select
         assert select is not None
+        if not self._watched(seq):
+            self.world.restart(seq)
+            return
         seen = self._seen(seq)
         found = select.select(seen)
         if found is None and select.every is None:
             self._settled.add(seq)
             return
-        held_now, mass = _apply(seen, found, select.mass)
+        held_now, mass = _apply(seen, found, select.mass and select.online)
         notes = Notes(mass=mass, state=seen.state, selected=seen.tokens)
-        if select.window and select.every is not None:
+        if select.window and select.online:
             notes.queries = [seen.queries(layer) for layer in range(self.facts.layers)]
         segment = self.world.view(seq, max(len(entries) for entries in held_now))
         if segment is None:
@@ -271,13 +296,16 @@ class Keeper:
         notes.selected = tokens
         if found is None:
             return
-        held_now, mass = _apply(seen, found, select.mass)
+        held_now, mass = _apply(seen, found, select.mass and select.online)
         self.world.refill(seq, max(len(entries) for entries in held_now))
         self._fill(segment, held_now)
         notes.mass = mass
 
     def _fill(self, segment: Segment, layers: list[Entries]) -> None:
         """Write entries, as many as each layer and head has, into an empty segment's slots."""
+        biased = any(entries.bias is not None for entries in layers)
+        if biased:  # to be stored, with whole pages
+            segment.entries = len(segment.slots)
         kept = np.zeros((self.facts.layers, self.facts.kv_heads), dtype=np.int64)
         places = np.zeros((*kept.shape, segment.entries), dtype=np.int32)
         for layer, entries in enumerate(layers):
@@ -291,7 +319,7 @@ class Keeper:
         segment.places = places
         if (kept != segment.entries).any():
             segment.kept = kept
-        if any(entries.bias is not None for entries in layers):
+        if biased:
             self._fill_biased(segment, layers)
 
     def _fill_biased(self, segment: Segment, layers: list[Entries]) -> None:
@@ -299,7 +327,8 @@ class Keeper:
         plain = Plain(tuple(entries.widened(segment.entries) for entries in layers))
         pool = self.world.pool
         freed = pool.store(segment, segment.entries, plain, len(pool.pages_of(segment)))
-        self.arena.forget(freed or ())
+        assert freed is not None
+        self.arena.forget(freed)
 
 
 def _apply(

@@ -137,11 +137,7 @@ class World:
                 self.counters.recomputed += node.computed if node.readers else 0
                 self._evict(node)
         if need > self.pool.free_pages:
-            self.counters.preemptions += 1
-            self.counters.recomputed += len(seq.prompt) + seq.tail.length
-            self.pool.release(seq.tail)
-            self.state.running.remove(seq)
-            self.state.waiting.appendleft(seq)
+            self._wait(seq)
             return None
         self.tree.append(seq.leaf, entries)
         assert seq.leaf.segment is not None
@@ -160,6 +156,21 @@ class World:
         self.pool.release(tail)
         self.pool.append(segment, entries)
         segment.length, tail.length = prompt, output
+
+    def restart(self, seq: Sequence) -> None:
+        """Send a running ``seq`` back to wait, to be computed alone from its first token on."""
+        self.tree.activate(seq.leaf, self.steps, by=-1)
+        self._let_go(seq)
+        self._move(seq)
+        self._wait(seq)
+
+    def _wait(self, seq: Sequence) -> None:
+        """Put a running sequence, of whose prompt nothing is computed, back in the queue."""
+        self.counters.preemptions += 1
+        self.counters.recomputed += len(seq.prompt) + seq.tail.length
+        self.pool.release(seq.tail)
+        self.state.running.remove(seq)
+        self.state.waiting.appendleft(seq)
 
     def _evict(self, node: Node) -> None:
         self.tree.evict(node)

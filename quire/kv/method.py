@@ -145,7 +145,8 @@ class Facts:
 
     ``turn(layer, x, positions, back)`` rotates ``x`` ``[..., n, head_dim]`` at ``positions`` int64
     (that broadcast to ``[..., n]``) as the layer's RoPE does, or turns it back. ``calibrate`` gives
-    a `Calibration` (computed once). ``window``: of each layer, None where it sees everything.
+    a `Calibration` (computed once). ``windows``: of each layer, None where it sees everything.
+    ``softcap`` bounds the scaled scores: ``softcap * tanh(score / softcap)``.
     """
 
     layers: int
@@ -157,6 +158,7 @@ class Facts:
     windows: tuple[int | None, ...]
     turn: Callable[[int, Tensor, Tensor, bool], Tensor]
     calibrate: Callable[[], Calibration]
+    softcap: float | None = None
 
     @property
     def group(self) -> int:
@@ -247,8 +249,8 @@ class Seen:
     the sequence holds. ``queries(layer)`` are its last ``Select.window`` rotated queries (fewer if
     it is shorter) ``[w, heads, head_dim]``. ``mass(layer)`` is, for a `Select` with
     ``mass``, the attention that each entry has received so far, summed over queries and the query
-    heads of its group: float32 ``[kv_heads, n]``. ``state`` is the method's own, kept with the
-    sequence.
+    heads of its group: float32 ``[kv_heads, n]``. Both are of the prompt, and while decoding there
+    only for a `Select` that is ``online``. ``state`` is the method's own, kept with the sequence.
     """
 
     facts: Facts
@@ -263,9 +265,10 @@ class Seen:
 class Select(Protocol):
     """Which entries a sequence keeps.
 
-    ``window``: how many of the last queries the method looks at. ``mass``: whether it
-    needs the attention that entries have received. ``every``: after how many new tokens it selects
-    again while decoding; None: never.
+    ``window``: how many of the last queries the method looks at. ``mass``: whether it needs the
+    attention that entries have received. ``every``: after how many new tokens it selects again
+    while decoding; None: never. ``online``: whether it then looks at the output's queries and mass
+    too.
     """
 
     @property
@@ -281,6 +284,11 @@ class Select(Protocol):
     @property
     def every(self) -> int | None:
         """New tokens after which it selects again."""
+        ...
+
+    @property
+    def online(self) -> bool:
+        """Whether queries and mass go on while decoding. Needs ``every``."""
         ...
 
     def select(self, seen: Seen) -> list[list[Tensor]] | list[Entries] | None:
@@ -343,15 +351,14 @@ class Sparse(Protocol):
 class Shorten(Protocol):
     """Choose a prompt's tokens before it is computed."""
 
-    @property
-    def layers(self) -> int:
-        """How many of the model's first layers it runs on the whole prompt."""
+    def layers(self, depth: int) -> int:
+        """How many of the model's ``depth`` layers it runs on the whole prompt."""
         ...
 
     def shorten(self, q: Tensor, keys: Tensor) -> NDArray[np.int64] | None:
         """Ascending places of the tokens to keep; None: all.
 
-        ``q`` ``[heads, head_dim]``: the last token's rotated query in the last of ``layers``;
+        ``q`` ``[heads, head_dim]``: the last token's rotated query in the last layer that it runs;
         ``keys`` ``[kv_heads, tokens, head_dim]``: that layer's rotated keys.
         """
         ...

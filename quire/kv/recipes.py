@@ -10,23 +10,40 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from quire.errors import InvalidRequestError
 from quire.kv.fetch.landmarks import Landmarks
-from quire.kv.method import Recipe
+from quire.kv.method import Facts, Recipe
+from quire.kv.select.chelsea import SoftMatching
+from quire.kv.select.elastic import Anchors
+from quire.kv.select.gemfilter import GemFilter
+from quire.kv.select.h2o import HeavyHitters
+from quire.kv.select.kvmerger import SimilarRuns
 from quire.kv.select.observation import ObservationWindow
+from quire.kv.select.prefixkv import SameLevel
+from quire.kv.select.scissorhands import Persistence
 from quire.kv.select.sink_recent import SinkRecent
 from quire.kv.store.affine import Kivi
 
 METHODS: dict[str, Callable[..., Any]] = {
     "streaming": SinkRecent,
+    "h2o": HeavyHitters,
+    "scissorhands": Persistence,
     "snapkv": ObservationWindow,
+    "prefixkv": SameLevel,
+    "elastic": Anchors,
+    "kvmerger": SimilarRuns,
+    "chelsea": SoftMatching,
+    "gemfilter": GemFilter,
     "kivi": Kivi,
     "landmarks": Landmarks,
 }
 
 AXES = ("select", "store", "fetch", "sparse", "shorten")
+_WORDS = ("true", "false", "none")
+_ONCE = "give it every=none."
 _PART = re.compile(r"\s*([a-z0-9_]+)\s*(?:\((.*)\))?\s*", re.DOTALL)
 
 
@@ -50,7 +67,7 @@ def _make(part: str) -> Any:
     if match is None or match[1] not in METHODS:
         raise _invalid(f"{part.strip()!r} is not a KV method.", f"Known are {', '.join(METHODS)}.")
     make = METHODS[match[1]]
-    known = inspect.signature(make).parameters
+    known, types = inspect.signature(make).parameters, get_type_hints(make)
     given: dict[str, Any] = {}
     for argument in filter(None, (a.strip() for a in (match[2] or "").split(","))):
         name, _, value = (x.strip() for x in argument.partition("="))
@@ -58,19 +75,23 @@ def _make(part: str) -> Any:
             raise _invalid(
                 f"{match[1]} has no option {name!r}.", f"It has {', '.join(known) or 'none'}."
             )
-        given[name] = _value(match[1], name, value, known[name].default)
+        kinds = get_args(types[name]) or (types[name],)
+        given[name] = _value(f"{match[1]}({name}={value})", value, kinds, known[name].default)
     return make(**given)
 
 
-def _value(method: str, name: str, text: str, default: Any) -> Any:
+def _value(place: str, text: str, kinds: tuple[type, ...], default: Any) -> Any:
+    """``text`` as one of the types ``kinds`` that an option may have."""
     try:
-        value = ast.literal_eval(text)
+        value = ast.literal_eval(text[:1].upper() + text[1:] if text in _WORDS else text)
     except (ValueError, SyntaxError):
         value = text
-    kind = float if isinstance(default, float) and isinstance(value, int) else type(default)
-    if default is not None and not isinstance(value, (type(default), kind)):
-        raise _invalid(f"{method}({name}={text}) is not {kind.__name__}.", f"Default: {default}.")
-    return kind(value) if kind is float else value
+    if type(value) is int and int not in kinds and float in kinds:
+        return float(value)
+    if type(value) not in kinds:
+        names = " or ".join("none" if kind is NoneType else kind.__name__ for kind in kinds)
+        raise _invalid(f"{place} is not {names}.", f"Default: {default}.")
+    return value
 
 
 def _compose(recipe: Recipe, more: Recipe, part: str) -> Recipe:
@@ -84,12 +105,42 @@ def _compose(recipe: Recipe, more: Recipe, part: str) -> Recipe:
                 "Take one method for each of select, store and fetch.",
             )
         recipe = replace(recipe, **{axis: method})
-    if recipe.select is not None and recipe.fetch is not None and recipe.select.every is not None:
+    _check_together(recipe)
+    return recipe
+
+
+def _check_together(recipe: Recipe) -> None:
+    if recipe.store is not None and getattr(recipe.select, "mass_bias", False):
+        raise _invalid(
+            "Entries with a bias cannot be packed by a store.",
+            "Give the selection mass_bias=false.",
+        )
+    if recipe.select is None or recipe.select.every is None:
+        return
+    if recipe.fetch is not None:
         raise _invalid(
             "A selection that goes on while decoding cannot be combined with a fetch.",
-            "The fetch's index would be stale after every selection.",
+            f"The fetch's index would be stale after every selection: {_ONCE}",
         )
-    return recipe
+    if recipe.store is not None:
+        raise _invalid(
+            "A selection that goes on while decoding cannot be combined with a store.",
+            f"Every selection would unpack all and lose a little more: {_ONCE}",
+        )
+
+
+def check(recipe: Recipe, facts: Facts, context: int) -> None:
+    """Raise InvalidRequestError where a recipe makes no sense for a model with that context."""
+    _check_together(recipe)
+    window = min((w for w in facts.windows if w is not None), default=context)
+    if recipe.select is not None and window < context:
+        raise _invalid(
+            f"Some layers of the model see the last {window} tokens only, and would see nothing of "
+            "older entries that a selection keeps.",
+            f"Take a store or a fetch, or a context that fits the window: --context {window}.",
+        )
+    if recipe.shorten is not None:
+        recipe.shorten.layers(facts.layers)  # raises for a layer that the model does not have
 
 
 def _invalid(what: str, action: str) -> InvalidRequestError:

@@ -41,10 +41,15 @@ class Sequence:
 
 @dataclass
 class State:
-    """The world as a policy reads it. ``chunk``: most tokens in a step."""
+    """The world as a policy reads it.
+
+    ``chunk``: most tokens in a step. ``stride``: steps end at multiples of so many output tokens
+    of a sequence, where a KV method looks at it; None: anywhere.
+    """
 
     tree: PrefixTree
     chunk: int
+    stride: int | None = None
     waiting: deque[Sequence] = field(default_factory=deque)  # next to be admitted first
     running: list[Sequence] = field(default_factory=list)  # in order of admission
     output_ratio: float = 1.0  # mean of output tokens / max_new over finished sequences

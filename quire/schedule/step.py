@@ -126,6 +126,8 @@ def _plan_decodes(state: State, plan: StepPlan, ledger: Ledger, running: list[Se
     while index < len(running):
         seq = running[index]
         count = min(seq.owed, state.chunk - planned)
+        if state.stride is not None:
+            count = min(count, state.stride - seq.tail.length % state.stride)
         index += 1
         if count <= 0:
             continue

@@ -21,6 +21,8 @@ from quire.engine.request import EngineRequest, EngineResult
 from quire.errors import InvalidRequestError
 from quire.kv.method import Entries, Facts, Plain, Reader, Recipe, Seen
 from quire.kv.recipes import parse
+from quire.kv.select.h2o import HeavyHitters
+from quire.kv.select.kvmerger import SimilarRuns
 from quire.schedule.policies import POLICIES
 from toy import ByteTokenizer, MockModel
 
@@ -46,6 +48,10 @@ class SelectAll:
     merged: bool = False
     window: int = 3
     mass: bool = True
+
+    @property
+    def online(self) -> bool:
+        return self.every is not None
 
     def select(self, seen: Seen) -> list[list[Tensor]] | list[Entries]:
         layers = range(seen.facts.layers)
@@ -124,13 +130,9 @@ def test_methods_that_lose_nothing_change_nothing(
     requests = random_requests(seed)
     pages = max(pages_needed(r) for r in requests) + extra
     wanted, _ = run(requests)
-    recipe = EXACT[name]
-    if windows is not None and isinstance(recipe.select, SelectAll):
-        # A prompt that splits a node later finds no statistics above the cut.
-        recipe = replace(recipe, select=replace(recipe.select, mass=False, window=0))
     found, _ = run_recipe(
         requests,
-        recipe,
+        EXACT[name],
         policy=policy,
         pages=pages,
         chunk=chunk,
@@ -140,7 +142,7 @@ def test_methods_that_lose_nothing_change_nothing(
     assert tokens(found) == tokens(wanted)
 
 
-@pytest.mark.parametrize("text", ["streaming(sinks=2,recent=14)", "snapkv(budget=24,window=8)"])
+@pytest.mark.parametrize("text", ["streaming(budget=16,sinks=2)", "snapkv(budget=24,window=8)"])
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10**6), chunk=st.sampled_from([7, 64, 512]))
 def test_selections_do_not_depend_on_memory_or_company(text: str, seed: int, chunk: int) -> None:
@@ -163,7 +165,7 @@ def long_request(index: int, prompt: int, output: int, seed: int = 0) -> EngineR
 
 @pytest.mark.parametrize(
     ("text", "most"),
-    [("snapkv(budget=64,window=8)", 64 + 16), ("streaming(sinks=4,recent=60)", 64 + 32)],
+    [("snapkv(budget=64,window=8)", 64 + 16), ("streaming(budget=64)", 64 + 32)],
 )
 def test_a_selection_frees_memory(text: str, most: int) -> None:
     engine = Engine(
@@ -211,6 +213,13 @@ def test_shared_nodes_are_packed_once() -> None:
         ("kivi+kivi", "store"),
         ("snapkv+streaming", "select"),
         ("streaming+landmarks", "stale"),
+        ("h2o+kivi", "lose a little more"),
+        ("kvmerger(value_mass=false,mass_bias=true)+kivi", "bias"),
+        ("h2o(budget=half)", "int or float"),
+        ("h2o(budget=true)", "int or float"),
+        ("h2o(budget=1.5)", "share"),
+        ("h2o(every=2.0)", "int or none"),
+        ("h2o(fair=1)", "bool"),
         ("snapkv(", "snapkv"),
     ],
 )
@@ -224,5 +233,8 @@ def test_composition() -> None:
     assert recipe.select is not None
     assert recipe.store is not None
     assert recipe.fetch is not None
+    h2o = parse("h2o(budget=0.25,recent=8,fair=true,every=none)+kivi").select
+    assert h2o == HeavyHitters(0.25, 8, True, None)
+    assert parse("kvmerger(eps=-1,budget=64)").select == SimilarRuns(64, -1.0)
     assert parse("none").plain
     assert parse("").plain

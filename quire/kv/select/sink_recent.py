@@ -1,7 +1,8 @@
 """The first and the newest tokens: the baseline of every selection.
 
-StreamingLLM (arXiv 2309.17453), with the keys' original positions: attention sinks and a sliding
-window.
+StreamingLLM (arXiv 2309.17453): attention sinks and a sliding window. The paper gives keys new
+positions within the cache; here they keep their own, so nothing has to be rotated again and the
+sinks seem as far away as they are.
 """
 
 from __future__ import annotations
@@ -13,26 +14,35 @@ import torch
 from torch import Tensor
 
 from quire.kv.method import Seen
+from quire.kv.select.budget import check, check_every, entries_of
 
 
 @dataclass(frozen=True)
 class SinkRecent:
-    """Keep the first ``sinks`` and the last ``window`` entries of every head.
+    """Keep ``budget`` entries a head: the first ``sinks`` and the newest.
 
-    Decoding drops the oldest once ``every`` new tokens have come.
+    Decoding drops the oldest others once ``every`` new tokens have come.
     """
 
+    budget: int | float = 512
     sinks: int = 4
-    recent: int = 508
-    every: int = 16
+    every: int | None = 16
     axis: ClassVar[str] = "select"
     window: ClassVar[int] = 0
     mass: ClassVar[bool] = False
+    online: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check("budget", self.budget)
+        check("sinks", self.sinks, least=0)
+        check_every(self.every)
 
     def select(self, seen: Seen) -> list[list[Tensor]] | None:
         """See `Select.select`."""
         size = len(seen.entries(0))
-        if size <= self.sinks + self.recent:
+        budget = entries_of(self.budget, seen.prompt)
+        if size <= budget:
             return None
-        kept = torch.cat([torch.arange(self.sinks), torch.arange(size - self.recent, size)])
+        sinks = min(self.sinks, budget)
+        kept = torch.cat([torch.arange(sinks), torch.arange(size - (budget - sinks), size)])
         return [[kept] * seen.facts.kv_heads] * seen.facts.layers

@@ -1,8 +1,7 @@
-"""Given tokens through the engine, one by one: what would the model have said at each of them?"""
+"""Given tokens through the engine: what would the model have said at each of them?"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +31,10 @@ class Span:
 
 @dataclass(frozen=True)
 class Script:
-    """A prompt and the tokens that follow it, both int32. ``spread``: keep whole distributions."""
+    """A prompt and the tokens that are given after it, both int32; ``spans`` in order.
+
+    ``spread``: keep whole distributions.
+    """
 
     prompt: Tokens
     given: Tokens
@@ -44,29 +46,25 @@ class Script:
 class Heard:
     """What the model thought of the tokens of one span.
 
-    Of each token its log-probability, its rank from 1 and the likeliest token; ``chosen`` is the
-    place in ``choices`` of the likeliest. ``spreads``: log-probabilities float32 ``[vocab]``.
+    Of each: the likeliest token in its place, its log-probability and its rank from 1. ``exact``:
+    greedy decoding would have written just these tokens (each is the likeliest after those before
+    it). ``chosen``: the place in ``choices`` of the likeliest. ``spreads``: log-probabilities
+    float32 ``[vocab]``.
     """
 
+    exact: bool = True
+    chosen: int | None = None
+    tops: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     ranks: list[int] = field(default_factory=list)
-    tops: list[int] = field(default_factory=list)
-    chosen: int | None = None
     spreads: list[Tensor] = field(default_factory=list)
-
-    @property
-    def exact(self) -> bool:
-        """Whether greedy decoding would have written just these tokens.
-
-        Each is the likeliest after the right ones before it; so none but they can come out.
-        """
-        return all(rank == 1 for rank in self.ranks)
 
 
 class Forced(Engine):
     """An engine whose sequences say what their scripts give them.
 
-    They decode as any other sequence, so methods see what they see in earnest.
+    Judged tokens, and the last one before them, are decoded one by one as in earnest. What else is
+    given, such as the question of a later turn, is computed in chunks like a prompt.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -76,13 +74,13 @@ class Forced(Engine):
 
     def follow(self, scripts: Sequence[Script]) -> list[list[Heard]]:
         """Run all scripts to their ends, together; what was heard in each of their spans."""
-        self.begin(scripts)
+        heard = self.begin(scripts)
         while self.unfinished:
             self.step()
-        return self._heard
+        return heard
 
-    def begin(self, scripts: Sequence[Script]) -> None:
-        """Add scripts, in place of those before."""
+    def begin(self, scripts: Sequence[Script]) -> list[list[Heard]]:
+        """Add scripts, once those before are at their ends; returns what is yet to be filled."""
         self._scripts = list(scripts)
         self._heard = [[Heard() for _ in script.spans] for script in scripts]
         self.add(
@@ -90,46 +88,48 @@ class Forced(Engine):
                 index,
                 script.prompt,
                 SamplingParams(temperature=0.0, max_tokens=len(script.given), ignore_eos=True),
-                0,
+                seed=0,
             )
             for index, script in enumerate(scripts)
         )
+        return self._heard
 
     def choose(self, logits: Tensor, sequences: Sequence[Seq]) -> Sampled:
         """The token that each sequence is given; listens where it is judged."""
         tokens: list[int] = []
         rows: list[int] = []
-        spans: list[tuple[Span, Heard, bool]] = []
+        judged: list[tuple[Script, Span, Heard]] = []
         for row, seq in enumerate(sequences):
             script, at = self._scripts[seq.request], len(seq.output)
-            tokens.append(int(script.given[at]))
-            for span, heard in zip(script.spans, self._heard[seq.request], strict=True):
-                if span.start <= at < span.stop:
-                    rows.append(row)
-                    spans.append((span, heard, script.spread))
+            places = zip(script.spans, self._heard[seq.request], strict=True)
+            span, heard = next((p for p in places if at < p[0].stop), (None, None))
+            if span is not None and heard is not None and span.start <= at:
+                rows.append(row)
+                judged.append((script, span, heard))
+            else:
+                # All but the last token before the next judged one.
+                until = max(at + 1, (len(script.given) if span is None else span.start) - 1)
+                seq.output.extend(script.given[at : until - 1].tolist())
+            tokens.append(int(script.given[len(seq.output)]))
         if rows:
-            logprobs = logits[rows].float().log_softmax(-1)
-            targets = torch.tensor([tokens[row] for row in rows], device=logits.device)
-            own = logprobs.gather(1, targets[:, None])
-            ranks = ((logprobs > own).sum(-1) + 1).tolist()
-            found = zip(spans, logprobs, own[:, 0].tolist(), ranks, strict=True)
-            for (span, heard, spread), each, logprob, rank in found:
-                if not heard.ranks and span.choices:
-                    heard.chosen = int(each[list(span.choices)].argmax())
-                heard.logprobs.append(logprob)
-                heard.ranks.append(rank)
-                heard.tops.append(int(each.argmax()))
-                if spread:
-                    heard.spreads.append(each.cpu().clone())
+            logprobs = logits[rows].log_softmax(-1)
+            for (script, span, heard), row, each in zip(judged, rows, logprobs, strict=True):
+                _listen(script, span, heard, tokens[row], each)
         return Sampled(tokens, [None] * len(tokens))
 
 
+def _listen(script: Script, span: Span, heard: Heard, token: int, logprobs: Tensor) -> None:
+    if not heard.tops and span.choices:
+        heard.chosen = int(logprobs[list(span.choices)].argmax())
+    top = int(logprobs.argmax())
+    heard.exact = heard.exact and top == token
+    heard.tops.append(top)
+    heard.logprobs.append(float(logprobs[token]))
+    heard.ranks.append(int((logprobs > logprobs[token]).sum()) + 1)
+    if script.spread:
+        heard.spreads.append(logprobs.cpu().clone())
+
+
 def divergence(reference: Tensor, other: Tensor) -> float:
-    """Kullback-Leibler divergence of ``other`` from ``reference``, log-probabilities, in nats."""
-    shares = reference.exp()
-    return float((shares * (reference - other)).sum().clamp(min=0))
-
-
-def mean(values: Sequence[float]) -> float:
-    """Arithmetic mean; NaN of nothing."""
-    return math.fsum(values) / len(values) if values else math.nan
+    """Kullback-Leibler divergence of ``other`` from ``reference``, log-probabilities; in nats."""
+    return max(0.0, float((reference.exp() * (reference - other)).sum()))

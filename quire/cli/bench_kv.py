@@ -1,0 +1,95 @@
+"""``quire bench kv``: every KV recipe beside the uncompressed cache."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from quire.bench.kv.judge import Judged, Plan, judge
+from quire.bench.kv.recipes import default_recipes
+from quire.bench.kv.report import Table, tables, write_all
+from quire.bench.kv.suite import TASKS
+from quire.errors import QuireError
+
+LENGTHS = (512, 1024, 2048)
+SAMPLES = 16
+QUICK_LENGTHS = (512, 1024)
+QUICK_SAMPLES = 4
+
+
+def bench_kv(
+    kv: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RECIPE",
+            help='A recipe, as in quire run; "25%" is that share of the length. Repeatable. '
+            "Default: every method.",
+        ),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help='Checkpoint folder, .gguf file, or "demo" for the bundled model.')
+    ] = "demo",
+    length: Annotated[
+        list[int] | None,
+        typer.Option(help="Tokens of a session. Repeatable. Default: 512, 1024 and 2048."),
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help=f"One of {', '.join(TASKS)}; repeatable.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help=f"Sessions of each task and length. Default: {SAMPLES}.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer lengths, sessions and budgets.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder for tables and plot.")] = Path("bench-kv"),
+    seed: Annotated[int, typer.Option(help="Seed of the sessions.")] = 0,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+) -> None:
+    """Judge KV recipes: fidelity, bytes and speed.
+
+    Exit status: 0 all recipes fine, 1 some failed, 2 nothing could be run.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    plan = Plan(
+        tuple(kv or default_recipes(quick)),
+        model,
+        tuple(length or (QUICK_LENGTHS if quick else LENGTHS)),
+        tuple(task or TASKS),
+        samples or (QUICK_SAMPLES if quick else SAMPLES),
+        seed,
+        rounds=1 if quick else 2,
+    )
+    command = shlex.join(["quire", *sys.argv[1:]])
+    found: list[Judged] = []
+    try:
+        for one in judge(plan):
+            found.append(one)
+            print(f"{one.length} {one.recipe}: {one.error or 'done'}", file=sys.stderr, flush=True)
+            write_all(found, out, command)
+    except QuireError as error:
+        print(f"quire: {error}", file=sys.stderr)
+        raise typer.Exit(2) from error
+    console = Console(width=max(120, Console().width))
+    for each in tables(found, plan.lengths[-1]):
+        console.print(_rich(each))
+    print(f"All lengths and turns: {out}", file=sys.stderr)
+    if any(one.error for one in found):
+        raise typer.Exit(1)
+
+
+def _rich(table: Table) -> RichTable:
+    drawn = RichTable(title=table.title)
+    for number, column in enumerate(table.columns):
+        drawn.add_column(column, justify="right" if number else "left")
+    for row in table.rows:
+        drawn.add_row(*row)
+    return drawn

@@ -19,7 +19,6 @@ from statistics import median
 from typing import Any
 
 import torch
-
 from install import PEERS, peer_python
 
 from quire.bench.chart import write_bars

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -50,6 +51,53 @@ def write_bars(
     file.write_text("\n".join([*parts, "</svg>", ""]))
 
 
+@dataclass(frozen=True)
+class Line:
+    """Named points ``(x, y)``, joined in order."""
+
+    name: str
+    points: tuple[tuple[float, float], ...]
+
+
+def write_lines(file: Path, title: str, panels: Mapping[str, Sequence[Line]]) -> None:
+    """Panels side by side with the same lines; x from 0 on, y from 0 to 100."""
+    points = [p for lines in panels.values() for line in lines for p in line.points]
+    most = 25 * ceil(max([100.0, *(x for x, _ in points)]) / 25)
+    names = list(dict.fromkeys(line.name for lines in panels.values() for line in lines))
+    rows = -(-len(names) // COLUMNS)
+    top = TOP + 16 * rows
+    width = LEFT + (PANEL + LEFT) * len(panels)
+    parts = _page(width, top + HEIGHT + 36, title)
+    for index, name in enumerate(names):
+        x, y = LEFT + 170 * (index % COLUMNS), 32 + 16 * (index // COLUMNS)
+        parts.append(_box(x, y, 12, 12, _colour(index)))
+        parts.append(_text(x + 17, y + 10, name, "start"))
+    for number, (panel, lines) in enumerate(panels.items()):
+        left = LEFT + (PANEL + LEFT) * number
+        parts.append(_text(left + PANEL / 2, top - 8, panel, "middle"))
+        for tick in range(0, 101, 20):
+            height = top + HEIGHT * (1 - tick / 100)
+            parts.append(f'<path d="M{left} {height:.1f}h{PANEL}" stroke="#ddd"/>')
+            parts.append(_text(left - 6, height + 4, str(tick), "end"))
+        for tick in range(0, most + 1, 25 * ceil(most / 200)):
+            place = left + PANEL * tick / most
+            parts.append(_text(place, top + HEIGHT + 18, str(tick), "middle"))
+        for line in lines:
+            colour = _colour(names.index(line.name))
+            places = [
+                (left + PANEL * x / most, top + HEIGHT * (1 - y / 100))
+                for x, y in line.points
+                if y == y  # NaN: not measured
+            ]
+            if len(places) > 1:
+                path = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
+                parts.append(f'<path d="M{path}" stroke="{colour}" fill="none"/>')
+            parts += [
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' for x, y in places
+            ]
+    file.write_text("\n".join([*parts, "</svg>", ""]), encoding="utf-8")
+
+
 def _page(width: int, height: int, title: str) -> list[str]:
     return [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
@@ -88,47 +136,3 @@ def _round_up(value: float) -> float:
     while power > value:
         power /= 10
     return next(power * step for step in (1, 2, 4, 6, 8, 10) if power * step >= value)
-
-
-@dataclass(frozen=True)
-class Line:
-    """Named points ``(x, y)``, joined in order."""
-
-    name: str
-    points: tuple[tuple[float, float], ...]
-
-
-def write_lines(file: Path, title: str, panels: Mapping[str, Sequence[Line]]) -> None:
-    """Panels side by side with the same lines; x from 0 on, y from 0 to 100."""
-    points = [p for lines in panels.values() for line in lines for p in line.points]
-    most = max([100.0, *(x for x, _ in points)])
-    names = list(dict.fromkeys(line.name for lines in panels.values() for line in lines))
-    rows = -(-len(names) // COLUMNS)
-    top = TOP + 16 * rows
-    width = LEFT + (PANEL + LEFT) * len(panels)
-    parts = _page(width, top + HEIGHT + 36, title)
-    for index, name in enumerate(names):
-        x, y = LEFT + 170 * (index % COLUMNS), 32 + 16 * (index // COLUMNS)
-        parts.append(_box(x, y, 12, 12, _colour(index)))
-        parts.append(_text(x + 17, y + 10, name, "start"))
-    for number, (panel, lines) in enumerate(panels.items()):
-        left = LEFT + (PANEL + LEFT) * number
-        parts.append(_text(left + PANEL / 2, top - 8, panel, "middle"))
-        for tick in range(0, 101, 20):
-            y = top + HEIGHT * (1 - tick / 100)
-            parts.append(f'<path d="M{left} {y:.1f}h{PANEL}" stroke="#ddd"/>')
-            parts.append(_text(left - 6, y + 4, str(tick), "end"))
-            x = left + PANEL * tick / 100
-            parts.append(_text(x, top + HEIGHT + 18, f"{most * tick / 100:.0f}", "middle"))
-        for line in lines:
-            colour = _colour(names.index(line.name))
-            places = [
-                (left + PANEL * x / most, top + HEIGHT * (1 - y / 100))
-                for x, y in line.points
-                if y == y  # NaN: not measured
-            ]
-            if len(places) > 1:
-                path = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
-                parts.append(f'<path d="M{path}" stroke="{colour}" fill="none"/>')
-            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' for x, y in places]
-    file.write_text("\n".join([*parts, "</svg>", ""]), encoding="utf-8")

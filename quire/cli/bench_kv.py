@@ -78,7 +78,7 @@ def bench_kv(
     except QuireError as error:
         print(f"quire: {error}", file=sys.stderr)
         raise typer.Exit(2) from error
-    console = Console(width=max(120, Console().width))
+    console = Console(width=max(132, Console().width))
     for each in tables(found, plan.lengths[-1]):
         console.print(_rich(each))
     print(f"All lengths and turns: {out}", file=sys.stderr)
@@ -89,7 +89,7 @@ def bench_kv(
 def _rich(table: Table) -> RichTable:
     drawn = RichTable(title=table.title)
     for number, column in enumerate(table.columns):
-        drawn.add_column(column, justify="right" if number else "left")
+        drawn.add_column(column, justify="right" if number else "left", no_wrap=not number)
     for row in table.rows:
         drawn.add_row(*row)
     return drawn

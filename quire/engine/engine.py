@@ -244,7 +244,10 @@ class Engine:
         return finished
 
     def choose(self, logits: Tensor, sequences: Sequence[Seq]) -> Sampled:
-        """The next token of each sequence. ``logits`` float32 ``[sequences, vocab]``; overwritten."""
+        """The next token of each sequence, from ``logits`` float32 ``[sequences, vocab]``.
+
+        The logits are overwritten.
+        """
         return sample(logits, [self._live[seq.id].row for seq in sequences])
 
     def _score_prompt(self, work: Work, hidden: Tensor, k: int) -> None:

@@ -37,9 +37,7 @@ class Counting:
     chosen: int = 0
     offered: int = 0
 
-    def index(
-        self, facts: Facts, layers: Callable[[int], Entries], tokens: Tokens
-    ) -> Index | None:
+    def index(self, facts: Facts, layers: Callable[[int], Entries], tokens: Tokens) -> Index | None:
         """See `Fetch.index`."""
         found = self.fetch.index(facts, layers, tokens)
         return None if found is None else CountingIndex(found, self, len(layers(0)))

@@ -44,9 +44,9 @@ class Plan:
 class Score:
     """One recipe on the questions of one task, mode and turn. Shares are 0 to 1.
 
-    ``score``: right by the task's rule; ``exact``: greedy decoding writes the whole answer;
-    ``logprob``: mean of the answers' tokens; ``agreement``: tokens of the answers in whose place
-    the likeliest token is that of the uncompressed cache.
+    ``score``: right by the task's rule; ``exact``: greedy decoding writes the whole answer. Means
+    over the answers' tokens are ``logprob`` (in nats), ``reciprocal_rank`` and ``agreement``: the
+    likeliest token in its place is that of the uncompressed cache.
     """
 
     recipe: str
@@ -59,6 +59,7 @@ class Score:
     score: float
     exact: float
     logprob: float
+    reciprocal_rank: float
     agreement: float
 
 
@@ -99,9 +100,7 @@ def judge(plan: Plan) -> Iterator[Judged]:
     encode = setup.tokenizer.encode
     bench = _Bench(load_model(setup.folder), setup)
     for length in plan.lengths:
-        suite = make_suite(
-            plan.tasks, encode, length=length, samples=plan.samples, seed=plan.seed
-        )
+        suite = make_suite(plan.tasks, encode, length=length, samples=plan.samples, seed=plan.seed)
         texts = text_windows(encode, length, SEQUENCES)
         reference: list[list[Heard]] | None = None
         for text in recipes:
@@ -196,6 +195,7 @@ def _scores(
                 mean([float(right(mine)) for mine, _ in pairs]),
                 mean([float(mine.exact) for mine, _ in pairs]),
                 mean([p for mine, _ in pairs for p in mine.logprobs]),
+                mean([1 / rank for mine, _ in pairs for rank in mine.ranks]),
                 mean(_same(pairs)),
             )
         )
@@ -209,9 +209,7 @@ def right(heard: Heard) -> bool:
 
 def _same(pairs: Sequence[tuple[Heard, Heard]]) -> list[float]:
     return [
-        float(a == b)
-        for mine, theirs in pairs
-        for a, b in zip(mine.tops, theirs.tops, strict=True)
+        float(a == b) for mine, theirs in pairs for a, b in zip(mine.tops, theirs.tops, strict=True)
     ]
 
 

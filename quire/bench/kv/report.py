@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from math import isnan
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 from quire.bench.chart import Line, write_lines
 from quire.bench.kv.cost import Cost
 from quire.bench.kv.judge import Fidelity, Judged, Score, mean
-from quire.bench.kv.suite import MODES, RETRIEVAL, TASKS
+from quire.bench.kv.suite import RETRIEVAL, TASKS, TURNS
 from quire.engine.budget import format_bytes
 
 
@@ -30,47 +30,56 @@ class Table:
 
 
 def tables(found: Sequence[Judged], length: int) -> list[Table]:
-    """Scores in both modes, and fidelity and cost, at ``length``."""
+    """Scores in both modes, likelihoods, and fidelity and cost, at ``length``."""
     here = [one for one in found if one.length == length]
-    done = [one for one in here if one.error is None]
-    tasks = [task for task in TASKS if any(s.task == task for one in done for s in one.scores)]
+    scores = here[0].scores  # of the uncompressed cache
+    tasks = [task for task in TASKS if any(s.task == task for s in scores)]
+    chances = (_percent(mean([s.chance for s in scores if s.task == task])) for task in tasks)
+
+    def alone(one: Judged, task: str) -> str:
+        return _percent(score_of(one.scores, [task], "requests"))
+
+    def in_turn(one: Judged, task: str) -> str:
+        parts = (score_of(one.scores, [task], "turns", *part) for part in ((1, 1), (2, TURNS)))
+        return " / ".join(map(_percent, parts))
+
+    def loss(one: Judged, task: str) -> str:
+        mine, whole = (
+            mean([s.logprob for s in each if s.task == task]) for each in (one.scores, scores)
+        )
+        return f"{mine - whole:+.2f}"
+
     return [
         Table(
             f"{length:,} tokens, a request for each question: score, %",
             ("recipe", *tasks),
-            [_chances(done, tasks), *(_row(one, tasks, [(1, 99)], "requests") for one in here)],
+            [("by chance", *chances), *_rows(here, tasks, alone)],
         ),
         Table(
-            f"{length:,} tokens, all turns in one sequence: score of the first / of later turns, %",
+            f"{length:,} tokens, all turns in one sequence: score of the first / later turns, %",
             ("recipe", *tasks),
-            [_row(one, tasks, [(1, 1), (2, 99)], "turns") for one in here],
+            _rows(here, tasks, in_turn),
+        ),
+        Table(
+            f"{length:,} tokens: log-probability of a right answer's token, against none",
+            ("recipe", *tasks),
+            _rows(here[1:], tasks, loss),
         ),
         _costs(here, length),
     ]
 
 
-def _chances(done: Sequence[Judged], tasks: Sequence[str]) -> tuple[str, ...]:
-    scores = done[0].scores if done else []
-    return (
-        "by chance",
-        *(_percent(mean([s.chance for s in scores if s.task == task])) for task in tasks),
-    )
-
-
-def _row(
-    one: Judged, tasks: Sequence[str], turns: Sequence[tuple[int, int]], mode: str
-) -> tuple[str, ...]:
-    if one.error is not None:
-        return (one.recipe, *["failed"] * len(tasks))
-    cells = []
-    for task in tasks:
-        parts = [score_of(one.scores, (task,), mode, first, last) for first, last in turns]
-        cells.append(" / ".join(map(_percent, parts)))
-    return (one.recipe, *cells)
+def _rows(
+    here: Sequence[Judged], tasks: Sequence[str], cell: Callable[[Judged, str], str]
+) -> list[tuple[str, ...]]:
+    return [
+        (one.recipe, *(cell(one, task) if one.error is None else "failed" for task in tasks))
+        for one in here
+    ]
 
 
 def score_of(
-    scores: Iterable[Score], tasks: Sequence[str], mode: str, first: int = 1, last: int = 99
+    scores: Iterable[Score], tasks: Sequence[str], mode: str, first: int = 1, last: int = TURNS
 ) -> float:
     """Mean score of turns ``first`` to ``last`` of ``tasks``; NaN where there are none."""
     return mean(
@@ -79,7 +88,8 @@ def score_of(
 
 
 def _costs(here: Sequence[Judged], length: int) -> Table:
-    whole = next((one.cost.held_per_token for one in here if one.cost is not None), 1.0)
+    assert here[0].cost is not None
+    whole = here[0].cost.held_per_token
     rows = []
     for one in here:
         fidelity, cost = one.fidelity, one.cost
@@ -105,14 +115,14 @@ def _costs(here: Sequence[Judged], length: int) -> Table:
         (
             "recipe",
             "same top-1",
-            "KL, nats",
+            "KL",
             "perplexity",
-            "KV bytes/token",
+            "bytes/token",
             "held",
             "read",
             "peak KV",
-            "prefill, tokens/s",
-            "decode, tokens/s",
+            "prefill/s",
+            "decode/s",
         ),
         rows,
     )
@@ -157,31 +167,28 @@ def _write_csv(file: Path, names: Sequence[str], rows: Iterable[dict[str, object
 def plot(found: Sequence[Judged], length: int, file: Path) -> None:
     """Score against KV bytes held, for requests and for later turns; a line for each method.
 
-    The score is that of retrieval where it was judged, else of all tasks.
+    The score is that of retrieval where it was judged, else of all tasks. A method that reads much
+    less than it holds has a second line, against the bytes that a decode step reads.
     """
-    here = [one for one in found if one.length == length and one.cost is not None]
-    whole = next((one.cost.held_per_token for one in here if one.cost is not None), 1.0)
-    judged = {s.task for one in here for s in one.scores}
+    here = [one for one in found if one.length == length and one.error is None]
+    assert here[0].cost is not None
+    whole = here[0].cost.held_per_token
+    judged = {s.task for s in here[0].scores}
     tasks = [task for task in RETRIEVAL if task in judged] or sorted(judged)
-    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for mode, first in zip(MODES, (1, 2), strict=True):
-        lines = panels.setdefault(
-            "a request for each question" if mode == "requests" else "later turns of one sequence",
-            {},
-        )
+    panels: dict[str, list[Line]] = {}
+    for panel, mode, first in (
+        ("a request for each question", "requests", 1),
+        ("later turns of one sequence", "turns", 2),
+    ):
+        lines: dict[str, list[tuple[float, float]]] = {}
         for one in here:
             assert one.cost is not None
-            value = score_of(one.scores, tasks, mode, first)
+            score = 100 * score_of(one.scores, tasks, mode, first)
+            held, read = one.cost.held_per_token / whole, one.cost.read_per_token / whole
             name = "+".join(part.split("(")[0] for part in one.recipe.split("+"))
-            lines.setdefault(name, []).append(
-                (100 * one.cost.held_per_token / whole, 100 * value)
-            )
-    title = f"{', '.join(tasks)}, {length:,} tokens: score, %, by KV bytes held, % of uncompressed"
-    write_lines(
-        file,
-        title,
-        {
-            panel: [Line(name, tuple(sorted(points))) for name, points in lines.items()]
-            for panel, lines in panels.items()
-        },
-    )
+            lines.setdefault(name, []).append((100 * held, score))
+            if read < 0.9 * held:
+                lines.setdefault(f"{name}, read", []).append((100 * read, score))
+        panels[panel] = [Line(name, tuple(sorted(points))) for name, points in lines.items()]
+    title = f"{', '.join(tasks)}, {length:,} tokens: score, %, by KV bytes, % of uncompressed"
+    write_lines(file, title, panels)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import pairwise
 from random import Random
 
 import numpy as np
@@ -78,7 +79,7 @@ def cut_tokens(encode: Encode, parts: Sequence[str]) -> list[Tokens]:
         cuts.append(max(cuts[-1], min(len(head), len(whole)) if same is None else same))
     cuts.append(len(whole))
     tokens = np.array(whole, dtype=np.int32)
-    return [tokens[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [tokens[a:b] for a, b in pairwise(cuts)]
 
 
 def held_out() -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -89,19 +89,8 @@ def _make(
     task: str, encode: Encode, length: int, seed: str
 ) -> tuple[Session, list[tuple[int, ...]]]:
     """A session whose choices begin with different tokens, and those tokens."""
-    choices: list[tuple[int, ...]] = []
     for attempt in range(TRIES):
-        make: Callable[[int], Session] = lambda size, key=f"{seed}/{attempt}": TASKS[task](  # type: ignore[misc] # noqa: E731
-            Random(key), size, TURNS
-        )
-        session = fit(make, encode, length)
-        if len(encode(session.text)) > length:
-            raise InvalidRequestError(
-                f"{length} tokens are too few for the task {task}.",
-                field="length",
-                value=length,
-                action="Take a longer one.",
-            )
+        session = _session(task, encode, length, f"{seed}/{attempt}")
         choices = _first_tokens(session, encode)
         if all(len(set(tokens)) == len(tokens) for tokens in choices):
             return session, choices
@@ -113,6 +102,18 @@ def _make(
     )
 
 
+def _session(task: str, encode: Encode, length: int, seed: str) -> Session:
+    session = fit(lambda size: TASKS[task](Random(seed), size, TURNS), encode, length)
+    if len(encode(session.text)) > length:
+        raise InvalidRequestError(
+            f"{length} tokens are too few for the task {task}.",
+            field="length",
+            value=length,
+            action="Take a longer one.",
+        )
+    return session
+
+
 def _first_tokens(session: Session, encode: Encode) -> list[tuple[int, ...]]:
     """The first token of every choice of every turn."""
     found = []
@@ -122,9 +123,7 @@ def _first_tokens(session: Session, encode: Encode) -> list[tuple[int, ...]]:
     return found
 
 
-def _requests(
-    session: Session, choices: list[tuple[int, ...]], encode: Encode
-) -> list[Script]:
+def _requests(session: Session, choices: list[tuple[int, ...]], encode: Encode) -> list[Script]:
     """Every turn as a request of its own on the shared context."""
     found = []
     for turn, first in zip(session.turns, choices, strict=True):
@@ -134,9 +133,7 @@ def _requests(
     return found
 
 
-def _conversation(
-    session: Session, choices: list[tuple[int, ...]], encode: Encode
-) -> Script:
+def _conversation(session: Session, choices: list[tuple[int, ...]], encode: Encode) -> Script:
     """All turns in one sequence, the right answers in its history."""
     parts = [session.context]
     for turn in session.turns:

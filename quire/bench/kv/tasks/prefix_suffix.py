@@ -29,7 +29,5 @@ def prefix_suffix(rng: Random, size: int, turns: int) -> Session:
         prefix, middle, suffix = group[right]
         others = [m for _, m, _ in group if m != middle]
         choices = tuple(f" {m} {suffix}\n" for m in (middle, *others))
-        asked.append(
-            Turn(f"Which ends with {suffix}?\n- {prefix}", choices[0], "", choices)
-        )
+        asked.append(Turn(f"Which ends with {suffix}?\n- {prefix}", choices[0], "", choices))
     return Session("".join(f"- {line}\n" for line in lines), tuple(asked))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 import typer
 
@@ -26,6 +27,10 @@ FLAGS = {
         "--workload", "--shape", "--system", "--scale", "--repeat", "--chunk", "--threads",
         "--device", "--folder", "--weights", "--deterministic",
     },
+    "bench kv": {
+        "--kv", "--model", "--length", "--task", "--samples", "--quick", "--out", "--seed",
+        "--threads",
+    },
 }  # fmt: skip
 
 
@@ -45,12 +50,15 @@ def test_sampling_fields() -> None:
 
 
 def test_flags() -> None:
-    group = typer.main.get_command(app)
-    found = {
-        name: {p.opts[0] for p in command.params if p.name != "help"}
-        for name, command in group.commands.items()  # type: ignore[attr-defined]
-    }
-    assert found == FLAGS
+    assert flags("", typer.main.get_command(app)) == FLAGS
+
+
+def flags(name: str, command: Any) -> dict[str, set[str]]:
+    """The flags of a command and of those below it."""
+    found = {name: {p.opts[0] for p in command.params if p.name != "help"}} if name else {}
+    for below, part in getattr(command, "commands", {}).items():
+        found |= flags(f"{name} {below}".strip(), part)
+    return found
 
 
 def test_error_tree() -> None:

@@ -28,7 +28,6 @@ def bench_kv(
     kv: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="RECIPE",
             help='A recipe, as in quire run; "25%" is that share of the length. Repeatable. '
             "Default: every method.",
         ),

@@ -11,7 +11,7 @@ from quire.kv.recipes import METHODS
 SHARES = (0.5, 0.25, 0.125)  # of the context, for a method with a budget
 BITS = (4, 2)  # for a method with bits
 TUNED = {"landmarks": "landmarks(budget={budget},outliers=2)"}  # the default suits 128k tokens
-TOGETHER = ("snapkv(budget=0.25)+kivi(bits=4)",)
+TOGETHER = ("snapkv(budget=25%)+kivi(bits=4)",)
 
 
 def default_recipes(quick: bool = False) -> list[str]:

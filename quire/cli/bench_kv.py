@@ -12,16 +12,16 @@ import typer
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from quire.api.setup import model_folder
 from quire.bench.kv.judge import Judged, Plan, judge
 from quire.bench.kv.recipes import default_recipes
 from quire.bench.kv.report import Table, tables, write_all
 from quire.bench.kv.suite import TASKS
 from quire.errors import QuireError
+from quire.models.loader import load_spec
 
 LENGTHS = (512, 1024, 2048)
-SAMPLES = 16
-QUICK_LENGTHS = (512, 1024)
-QUICK_SAMPLES = 4
+SAMPLES, QUICK_SAMPLES = 16, 4
 
 
 def bench_kv(
@@ -37,7 +37,9 @@ def bench_kv(
     ] = "demo",
     length: Annotated[
         list[int] | None,
-        typer.Option(help="Tokens of a session. Repeatable. Default: 512, 1024 and 2048."),
+        typer.Option(
+            help="Tokens of a session. Repeatable. Default: 512, 1024, 2048, if they fit."
+        ),
     ] = None,
     task: Annotated[
         list[str] | None, typer.Option(help=f"One of {', '.join(TASKS)}; repeatable.")
@@ -58,18 +60,18 @@ def bench_kv(
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    plan = Plan(
-        tuple(kv or default_recipes(quick)),
-        model,
-        tuple(length or (QUICK_LENGTHS if quick else LENGTHS)),
-        tuple(task or TASKS),
-        samples or (QUICK_SAMPLES if quick else SAMPLES),
-        seed,
-        rounds=1 if quick else 2,
-    )
     command = shlex.join(["quire", *sys.argv[1:]])
     found: list[Judged] = []
     try:
+        plan = Plan(
+            tuple(kv or default_recipes(quick)),
+            model,
+            tuple(length or _lengths(model, quick)),
+            tuple(task or TASKS),
+            samples if samples is not None else QUICK_SAMPLES if quick else SAMPLES,
+            seed,
+            rounds=1 if quick else 2,
+        )
         for one in judge(plan):
             found.append(one)
             print(f"{one.length} {one.recipe}: {one.error or 'done'}", file=sys.stderr, flush=True)
@@ -83,6 +85,13 @@ def bench_kv(
     print(f"All lengths and turns: {out}", file=sys.stderr)
     if any(one.error for one in found):
         raise typer.Exit(1)
+
+
+def _lengths(model: str, quick: bool) -> list[int]:
+    """The default lengths that fit the model's context; ``quick``: the first two."""
+    context = load_spec(model_folder(model)).context
+    fitting = [n for n in LENGTHS if n <= context] or [context]
+    return fitting[:2] if quick else fitting
 
 
 def _rich(table: Table) -> RichTable:

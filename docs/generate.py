@@ -10,7 +10,10 @@ from enum import Enum
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+import typer
+
 from quire.cli.bench import bench
+from quire.cli.bench_kv import bench_kv
 from quire.cli.convert import convert
 from quire.cli.run import run
 from quire.kv.recipes import METHODS
@@ -24,6 +27,8 @@ def flags(command: Callable[..., None]) -> str:
     hints = get_type_hints(command, include_extras=True)
     rows = ["| flag | what | default |", "|---|---|---|"]
     for name, parameter in inspect.signature(command).parameters.items():
+        if hints[name] is typer.Context:
+            continue
         kind, info = get_args(hints[name])
         # Typer takes the first declared name for the default when it is given by position.
         first = (info.default,) if str(info.default).startswith("-") else ()
@@ -72,7 +77,7 @@ def kv_methods() -> str:
 PARTS = {
     "run.md": {"flags run": lambda: flags(run)},
     "benchmarks.md": {"flags bench": lambda: flags(bench)},
-    "kv.md": {"kv methods": kv_methods},
+    "kv.md": {"kv methods": kv_methods, "flags bench kv": lambda: flags(bench_kv)},
     "models.md": {"architectures": architectures, "flags convert": lambda: flags(convert)},
 }
 

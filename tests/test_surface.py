@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
@@ -37,6 +36,10 @@ FLAGS = {
         "--workload", "--shape", "--system", "--scale", "--repeat", "--chunk", "--threads",
         "--device", "--folder", "--weights", "--deterministic",
     },
+    "bench kv": {
+        "--kv", "--model", "--length", "--task", "--samples", "--quick", "--out", "--seed",
+        "--threads",
+    },
 }  # fmt: skip
 
 
@@ -57,21 +60,16 @@ def test_sampling_fields() -> None:
     }  # fmt: skip
 
 
-def commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """All commands by name, those of groups as ``group command``."""
-    for name, command in group.commands.items():
-        if hasattr(command, "commands"):
-            yield from commands(command, f"{prefix}{name} ")
-        else:
-            yield f"{prefix}{name}", command
-
-
 def test_flags() -> None:
-    found = {
-        name: {p.opts[0] for p in command.params if p.name != "help"}
-        for name, command in commands(typer.main.get_command(app))
-    }
-    assert found == FLAGS
+    assert flags("", typer.main.get_command(app)) == FLAGS
+
+
+def flags(name: str, command: Any) -> dict[str, set[str]]:
+    """The flags of a command and of those below it."""
+    found = {name: {p.opts[0] for p in command.params if p.name != "help"}} if name else {}
+    for below, part in getattr(command, "commands", {}).items():
+        found |= flags(f"{name} {below}".strip(), part)
+    return found
 
 
 def test_error_tree() -> None:

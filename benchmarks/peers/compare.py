@@ -19,9 +19,9 @@ from statistics import median
 from typing import Any
 
 import torch
-from chart import write_bars
 from install import PEERS, peer_python
 
+from quire.bench.chart import write_bars
 from quire.bench.limit import count_work, least_seconds, measure_machine
 from quire.bench.shapes import SHAPES, make_checkpoint
 from quire.bench.workloads import WORKLOADS, Workload, make_workload

@@ -26,6 +26,7 @@ SYSTEMS = ("batch", "fcfs", "transformers")
 
 
 def bench(
+    context: typer.Context,
     workload: Annotated[
         list[str] | None, typer.Option(help=f"One of {', '.join(WORKLOADS)}; repeatable.")
     ] = None,
@@ -52,6 +53,8 @@ def bench(
 
     Systems alternate within each round. The last line of the output is JSON.
     """
+    if context.invoked_subcommand is not None:
+        return
     names, systems = workload or list(WORKLOADS), system or list(SYSTEMS)
     unknown = [n for n in names if n not in WORKLOADS] + [s for s in systems if s not in SYSTEMS]
     if unknown or shape not in SHAPES:

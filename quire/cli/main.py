@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from quire.cli.bench import bench
+from quire.cli.bench_kv import bench_kv
 from quire.cli.convert import convert
 from quire.cli.info import info
 from quire.cli.jobs import app as jobs
@@ -18,7 +19,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(run)
-app.command()(bench)
+benches = typer.Typer()
+benches.callback(invoke_without_command=True)(bench)
+benches.command("kv")(bench_kv)
+app.add_typer(benches, name="bench")
 app.command()(convert)
 app.command()(info)
 app.add_typer(jobs, name="jobs")

@@ -13,7 +13,7 @@ from torch import Tensor
 from quire.attention import native
 from quire.decode.grammar import FIELD, Grammars, Matcher
 from quire.decode.rng import derive_seed
-from quire.decode.sampling import RowState, TokenLogprobs, prompt_logprobs, sample
+from quire.decode.sampling import RowState, Sampled, TokenLogprobs, prompt_logprobs, sample
 from quire.decode.stopping import StopStrings, finish_reason
 from quire.engine.facts import make_facts
 from quire.engine.keeper import Keeper
@@ -256,8 +256,7 @@ class Engine:
         details: list[TokenLogprobs | None] = []
 
         def draw(logits: Tensor, first: int) -> None:
-            part = ready[first : first + len(logits)]
-            drawn = sample(logits, [self._live[seq.id].row for seq in part])
+            drawn = self.choose(logits, ready[first : first + len(logits)])
             tokens.extend(drawn.tokens)
             details.extend(drawn.logprobs)
 
@@ -275,6 +274,13 @@ class Engine:
         if self._structured and self.grammars is not None:
             matchers = (self._live[seq.id].row.matcher for seq in self.world.state.running)
             self.grammars.start([m for m in matchers if m is not None and m.stale])
+
+    def choose(self, logits: Tensor, sequences: Sequence[Seq]) -> Sampled:
+        """The next token of each sequence, from ``logits`` float32 ``[sequences, vocab]``.
+
+        The logits are overwritten.
+        """
+        return sample(logits, [self._live[seq.id].row for seq in sequences])
 
     def _score_prompt(self, work: Work, hidden: Tensor, k: int) -> None:
         """Log-probabilities of the prompt tokens that follow the rows ``hidden``."""

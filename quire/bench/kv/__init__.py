@@ -1,0 +1,1 @@
+"""The judge of KV methods: shared-context tasks, fidelity, bytes and speed of every recipe."""

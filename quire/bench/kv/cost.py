@@ -1,0 +1,123 @@
+"""What a recipe costs: bytes held and read, and speed, on a few sequences of prose."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from quire.bench.kv.forced import Forced, Script, Span
+from quire.bench.kv.memory import Held, measure_held
+from quire.kv.method import Entries, Facts, Fetch, Index, Reader, Recipe
+from quire.kv.tree import Tokens
+
+OUTPUT = 32  # tokens that each sequence decodes
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes a token of a sequence in steady state, metadata counted: held, and read by a decode
+    step; the most bytes held at any time, of all sequences; tokens a second.
+    """
+
+    held_per_token: float
+    read_per_token: float
+    peak_bytes: int
+    prefill_per_second: float
+    decode_per_second: float
+
+
+@dataclass
+class Counting:
+    """A `Fetch` that counts how many entries its indexes choose, and of how many."""
+
+    fetch: Fetch
+    chosen: int = 0
+    offered: int = 0
+
+    def index(self, facts: Facts, layers: Callable[[int], Entries], tokens: Tokens) -> Index | None:
+        """See `Fetch.index`."""
+        found = self.fetch.index(facts, layers, tokens)
+        return None if found is None else CountingIndex(found, self, len(layers(0)))
+
+
+@dataclass
+class CountingIndex:
+    """An `Index` of ``entries`` that counts for ``total``."""
+
+    inner: Index
+    total: Counting = field(repr=False)
+    entries: int
+
+    @property
+    def nbytes(self) -> int:
+        """See `Index.nbytes`."""
+        return self.inner.nbytes
+
+    def choose(
+        self, layer: int, q: Tensor, readers: Sequence[Reader]
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `Index.choose`."""
+        places, mask = self.inner.choose(layer, q, readers)
+        self.total.chosen += places.numel() if mask is None else int(mask.sum())
+        self.total.offered += places.shape[0] * places.shape[1] * self.entries
+        return places, mask
+
+
+def measure_cost(
+    make: Callable[[Recipe, int], Forced], recipe: Recipe, texts: Sequence[Tokens], rounds: int
+) -> Cost:
+    """Run ``texts``, of one length, together; the last tokens of each are decoded.
+
+    ``make(recipe, tokens)``: an engine with room for so many tokens. The fastest of ``rounds``
+    counts. Steps that compute any prompt are prefill, all others decoding.
+    """
+    return min((_measure(make, recipe, texts) for _ in range(rounds)), key=_slowness)
+
+
+def _slowness(cost: Cost) -> float:
+    return 1 / cost.decode_per_second + 1 / cost.prefill_per_second
+
+
+def _measure(
+    make: Callable[[Recipe, int], Forced], recipe: Recipe, texts: Sequence[Tokens]
+) -> Cost:
+    count = None if recipe.fetch is None else Counting(recipe.fetch)
+    engine = make(replace(recipe, fetch=count), sum(map(len, texts)))
+    counters, pool = engine.world.counters, engine.world.pool
+    page = engine.limits.page_bytes
+    one_by_one = (Span(0, OUTPUT),)
+    started = time.perf_counter()
+    engine.begin([Script(text[:-OUTPUT], text[-OUTPUT:], one_by_one) for text in texts])
+    prefill, decode = time.perf_counter() - started, 0.0
+    output = peak = steps = tokens = 0
+    held = Held(0, 0, 0)
+    while engine.unfinished:
+        computed, written = counters.prompt_computed, counters.output
+        started = time.perf_counter()
+        engine.step()
+        taken = time.perf_counter() - started
+        if counters.prompt_computed > computed:
+            prefill += taken
+        else:
+            decode += taken
+            output += counters.output - written
+            steps += 1
+        now = measure_held(engine)
+        peak = max(peak, pool.peak_pages * page + now.index + now.notes)
+        if engine.unfinished == len(texts):
+            held = now
+            tails = sum(seq.tail.length for seq in engine.world.state.running)
+            tokens = tails + sum(len(text) - OUTPUT for text in texts)
+    spec = engine.runner.model.spec
+    everything = tokens * len(spec.layers) * spec.kv_heads
+    skipped = 0.0 if count is None else (count.offered - count.chosen) / steps / everything
+    return Cost(
+        held.total / tokens,
+        (held.kv * (1 - skipped) + held.index + held.notes) / tokens,
+        peak,
+        sum(len(text) - OUTPUT for text in texts) / prefill,
+        output / decode,
+    )

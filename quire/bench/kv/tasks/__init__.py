@@ -1,0 +1,1 @@
+"""Tasks on a shared context: one file a family. Pure text from seeded random numbers."""

@@ -284,7 +284,7 @@ def make_model(folder: Path, corpus: list[Path]) -> Path:
             special_tokens=["<unk>", "<s>", "</s>"],
             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         )
-        lines = (line for file in corpus for line in gzip.open(file, "rt", encoding="utf-8"))
+        lines = (line for file in corpus for line in gzip.open(file, "rt", encoding="utf-8"))  # noqa: SIM115
         backend.train_from_iterator(lines, trainer)
         backend.save(str(target / "tokenizer.json"))
         (target / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')

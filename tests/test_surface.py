@@ -66,9 +66,11 @@ def test_flags() -> None:
 
 def flags(name: str, command: Any) -> dict[str, set[str]]:
     """The flags of a command and of those below it."""
-    found = {name: {p.opts[0] for p in command.params if p.name != "help"}} if name else {}
-    for below, part in getattr(command, "commands", {}).items():
-        found |= flags(f"{name} {below}".strip(), part)
+    below = getattr(command, "commands", {})
+    mine = {p.opts[0] for p in command.params if p.name != "help"}
+    found = {name: mine} if name and (mine or not below) else {}
+    for part in below:
+        found |= flags(f"{name} {part}".strip(), below[part])
     return found
 
 

@@ -197,6 +197,7 @@ def test_dry_run_plans_only(tmp_path: Path) -> None:
     assert "saved" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -114,7 +114,7 @@ def run_recipe(
     return run(requests, recipe=recipe, **options)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     name=st.sampled_from(list(EXACT)),
     seed=st.integers(0, 10**6),
@@ -143,7 +143,7 @@ def test_methods_that_lose_nothing_change_nothing(
 
 
 @pytest.mark.parametrize("text", ["streaming(budget=16,sinks=2)", "snapkv(budget=24,window=8)"])
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10**6), chunk=st.sampled_from([7, 64, 512]))
 def test_selections_do_not_depend_on_memory_or_company(text: str, seed: int, chunk: int) -> None:
     requests = random_requests(seed)

@@ -105,9 +105,17 @@ LEAVES: st.SearchStrategy[dict[str, Any]] = st.one_of(
     st.tuples(st.integers(-200, 200), st.integers(0, 99)).map(
         lambda t: {"type": "integer", "minimum": t[0], "maximum": t[0] + t[1]}
     ),
-    st.lists(st.one_of(st.text(max_size=4), st.integers(), st.none()), min_size=1, max_size=4).map(
-        lambda values: {"enum": values}
-    ),
+    st.lists(
+        st.one_of(st.text(max_size=4), st.integers(-(2**53), 2**53), st.none()),
+        min_size=1,
+        max_size=4,
+    )
+    .map(
+        st.one_of(st.text(max_size=4), st.integers(-(2**53), 2**53), st.none()),
+        min_size=1,
+        max_size=4,
+    )
+    .map(lambda values: {"enum": values}),
     st.integers(0, 4).map(lambda n: {"type": "string", "maxLength": n}),
     st.sampled_from(
         [

@@ -207,11 +207,11 @@ def run(
     ] = False,
     workers: Annotated[
         str | None,
-        typer.Option(help="Processes, or Ray actors: a number, or auto for one each NUMA node."),
+        typer.Option(help="Processes or Ray actors: a number, or auto: a GPU or node each."),
     ] = None,
     ray: Annotated[
         str | None,
-        typer.Option(metavar="ADDRESS", help="Ray cluster to run on: an address, auto or local."),
+        typer.Option("--ray", metavar="ADDRESS", help="Ray cluster: an address, auto or local."),
     ] = None,
 ) -> None:
     """Run every row of INPUT through a model. The same command goes on where a run was cut short.

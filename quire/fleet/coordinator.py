@@ -3,27 +3,23 @@
 It talks to workers in `messages` and knows neither processes nor time. Every window is cut into one
 part a worker, each a run of neighbours in the prefix tree (cut.py). A worker with nothing left to
 start takes some of what the busiest has not started. A worker that dies is started again and
-what it held goes to all. A request that was there when two workers died is suspect: suspects run
-apart, in ever smaller groups, until the one that kills its worker is alone.
+what it held goes to all, but for what may have killed it (suspects.py).
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from quire.api.outputs import Stats
 from quire.engine.request import EngineRequest, EngineResult
-from quire.errors import EngineStallError, QuireError, RequestError, WorkerDiedError
+from quire.errors import EngineStallError, QuireError, RequestError
 from quire.fleet.cut import cut, split
 from quire.fleet.messages import Advance, Command, Died, Message, Ready, Report, Start
 from quire.fleet.share import Costs, Share, in_order
+from quire.fleet.suspects import Suspects
 
-SUSPECT_DEATHS = 2  # a request that was there so often runs apart from others
-ALONE_DEATHS = 3  # one that was alone so often is given up
-PIECES = 8  # into which suspects are divided when they have killed another worker
 START_DEATHS = 3  # in a row, while starting: the worker is given up
 FRUITLESS_DEATHS = 30  # in a row, without an answer to any request: the job is given up
 ENOUGH = 32  # finished samples from which the length of outputs is estimated
@@ -97,9 +93,7 @@ class Coordinator:
         self._pending: dict[int, EngineRequest] = {}
         self._cost: dict[int, float] = {}  # of a request after its neighbour
         self._spare: list[EngineRequest] = []  # with no worker yet
-        self._trials: deque[list[EngineRequest]] = deque()
-        self._deaths: Counter[int] = Counter()  # request -> deaths of workers that had it
-        self._alone: Counter[int] = Counter()  # request -> deaths of workers that had only it
+        self._suspects = Suspects()
         self._fruitless = 0
         self._lost: QuireError | None = None  # why the last worker was given up
         self._past: list[Stats] = []  # of workers that died
@@ -114,7 +108,7 @@ class Coordinator:
     def waiting(self) -> int:
         """Requests that have not started, as far as is known."""
         queued = sum(len(m.unsent) + len(m.waiting) for m in self.members)
-        return queued + len(self._spare) + sum(map(len, self._trials))
+        return queued + len(self._spare) + len(self._suspects)
 
     @property
     def starting(self) -> int:
@@ -141,10 +135,10 @@ class Coordinator:
 
     def clear(self) -> None:
         """Forget all requests; workers drop what they have of them when they get the next."""
-        for each in (self._pending, self._cost, self._deaths, self._alone):
-            each.clear()
+        self._pending.clear()
+        self._cost.clear()
         self._spare.clear()
-        self._trials.clear()
+        self._suspects.clear()
         for member in self.members:
             member.fresh = member.fresh or bool(member.held)
             member.stale = member.state == "busy"
@@ -225,6 +219,7 @@ class Coordinator:
         self._fruitless = 0
         del self._pending[id]
         self._cost.pop(id, None)
+        self._suspects.forget(id)
         return id, answer
 
     def _learn(self, request: EngineRequest, result: EngineResult) -> None:
@@ -256,45 +251,25 @@ class Coordinator:
         member.state = "gone" if hopeless else "absent"
         self.warn(f"{reason} It is {'given up' if hopeless else 'started again'}.")
         if trial and unsent:
-            self._trials.append(unsent)
+            self._suspects.put(unsent)
         else:
             self._spare.extend(unsent)
         if not started:
             return []
         self._fruitless += 1
         lost = [self._pending[id] for id in held]
-        return self._try_alone(lost, death.cause) if trial else self._suspect(lost)
-
-    def _suspect(self, lost: list[EngineRequest]) -> list[tuple[int, Answer]]:
-        """Requests of a worker that died: run them again, apart if that happened before."""
-        self._deaths.update(r.id for r in lost)
-        suspects = [r for r in lost if self._deaths[r.id] >= SUSPECT_DEATHS]
-        self._spare.extend(r for r in lost if self._deaths[r.id] < SUSPECT_DEATHS)
-        self._trials.extend(_pieces(suspects))
-        return []
-
-    def _try_alone(self, lost: list[EngineRequest], cause: str) -> list[tuple[int, Answer]]:
-        """Suspects of which one, or all together, killed their worker."""
-        if len(lost) != 1:
-            self._trials.extend(_pieces(lost))
+        if not trial:
+            self._spare.extend(self._suspects.died_among(lost))
             return []
-        request = lost[0]
-        self._alone[request.id] += 1
-        if self._alone[request.id] < ALONE_DEATHS:
-            self._trials.append(lost)
-            return []
-        error = WorkerDiedError(
-            f"The worker that ran this row alone died, {ALONE_DEATHS} times: {cause}.",
-            action="The other rows are not touched. Run the row by itself to see why.",
-        )
-        return [self._answer(request.id, error)]
+        error = self._suspects.died_of(lost, death.cause)
+        return [self._answer(lost[0].id, error)] if error is not None else []
 
     def _start_trials(self) -> None:
         """Give suspects to workers that have nothing else."""
         for member in self.members:
-            if self._trials and member.open and member.empty:
+            if self._suspects and member.open and member.empty:
                 member.trial = True
-                member.unsent = {r.id: r for r in self._trials.popleft()}
+                member.unsent = {r.id: r for r in self._suspects.next()}
 
     def _spread(self) -> None:
         """Cut what has no worker into parts, so that all workers have like much to do."""
@@ -349,10 +324,3 @@ class Coordinator:
         member.unsent, member.recall, member.fresh = {}, [], False
         member.state = "busy"
         return command
-
-
-def _pieces(requests: list[EngineRequest]) -> list[list[EngineRequest]]:
-    """Up to PIECES groups of like size, neighbours in the prefix tree together."""
-    ordered = in_order(requests)
-    size = max(1, -(-len(ordered) // PIECES))
-    return [ordered[i : i + size] for i in range(0, len(ordered), size)]

@@ -102,31 +102,47 @@ class Fleet:
         """
         plan = self._plan
         known: dict[int, RequestOutput] = {}
+        answers: list[tuple[int, Answer]] = []
         try:
             with Windows(self._preparer, requests, self.window) as windows:
-                while windows.more or plan.unfinished:
-                    short = windows.more and plan.waiting <= self.window // 2
-                    if short and (windows.ready or not plan.unfinished):
-                        window = windows.take()
-                        good = [request for _, request in window if request is not None]
-                        plan.add(good)
-                        if on_groups is not None:
-                            on_groups(_groups(good))
-                        known.update({r.id: output for output, r in window if r is not None})
-                        yield from (output for output, request in window if request is None)
-                    if not plan.unfinished:
-                        continue
-                    for id, answer in self._turn():
+                while windows.more or plan.unfinished or answers:
+                    bad = self._read(windows, known, on_groups)
+                    self._command()  # no worker waits while somebody takes the outputs
+                    yield from bad
+                    for id, answer in answers:
                         yield _answered(known.pop(id), answer)
+                    answers = self._hear() if plan.unfinished else []
                     if on_step is not None:
                         on_step(self.stats)
         finally:
             plan.clear()
 
-    def _turn(self) -> list[tuple[int, Answer]]:
-        """Say what is to be done, and take in what has been."""
+    def _read(
+        self,
+        windows: Windows,
+        known: dict[int, RequestOutput],
+        on_groups: Callable[[list[Group]], None] | None,
+    ) -> list[RequestOutput]:
+        """Take in the next window if work runs short; returns the requests that cannot run."""
+        plan = self._plan
+        short = windows.more and plan.waiting <= self.window // 2
+        if not short or (plan.unfinished and not windows.ready):
+            return []
+        window = windows.take()
+        good = [request for _, request in window if request is not None]
+        plan.add(good)
+        if on_groups is not None:
+            on_groups(_groups(good))
+        known.update({request.id: output for output, request in window if request is not None})
+        return [output for output, request in window if request is None]
+
+    def _command(self) -> None:
+        """Tell the workers what is to be done."""
         for worker, command in self._plan.commands():
             self._transport.send(worker, command)
+
+    def _hear(self) -> list[tuple[int, Answer]]:
+        """Take in what they have done."""
         answers: list[tuple[int, Answer]] = []
         for worker, message in self._transport.wait(WAIT_SECONDS):
             answers += self._plan.receive(worker, message)
@@ -141,8 +157,7 @@ class Fleet:
         plan.warn = troubles.append
         since = time.monotonic()
         while plan.starting:
-            for worker, command in plan.commands():
-                self._transport.send(worker, command)
+            self._command()
             for worker, message in self._transport.wait(WAIT_SECONDS):
                 plan.receive(worker, message)
                 if isinstance(message, Ready):

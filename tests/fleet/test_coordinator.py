@@ -13,7 +13,6 @@ from quire.bench.simulated import Simulated
 from quire.engine.request import EngineRequest, EngineResult
 from quire.errors import CheckpointError, QuireError, WorkerDiedError
 from quire.fleet.coordinator import (
-    ALONE_DEATHS,
     FRUITLESS_DEATHS,
     START_DEATHS,
     Answer,
@@ -21,6 +20,7 @@ from quire.fleet.coordinator import (
 )
 from quire.fleet.messages import Command, Died, Message, Start
 from quire.fleet.share import Costs
+from quire.fleet.suspects import ALONE_DEATHS
 from tests.fleet.test_cut import groups, random_requests
 
 COSTS = Costs(context=500)

@@ -193,7 +193,7 @@ def test_like_one_sequence_token_by_token(text: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", METHODS_SMALL)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     chunk=st.sampled_from([7, 64, 512]),

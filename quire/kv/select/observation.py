@@ -55,11 +55,8 @@ class ObservationWindow:
             queries = seen.queries(layer)
             scores = received(facts, queries, seen.entries(layer))
             scores[..., size - len(queries) :] = 0  # they stay, and lend nothing to others
-            before = scores[..., : size - len(queries)].flatten(0, 1)
-            if before.shape[-1]:
-                before = smooth(before, self.kernel, stride=1, padding=self.kernel // 2)
-            scores[..., : size - len(queries)] = before.view(*scores.shape[:2], -1)
-            chosen.append(list(best(scores.mean(1), most, last=len(queries))))
+            scores = smooth(scores, self.kernel, stride=1, padding=self.kernel // 2).mean(1)
+            chosen.append(list(best(scores, most, last=len(queries))))
         return chosen
 
 

@@ -109,13 +109,7 @@ LEAVES: st.SearchStrategy[dict[str, Any]] = st.one_of(
         st.one_of(st.text(max_size=4), st.integers(-(2**53), 2**53), st.none()),
         min_size=1,
         max_size=4,
-    )
-    .map(
-        st.one_of(st.text(max_size=4), st.integers(-(2**53), 2**53), st.none()),
-        min_size=1,
-        max_size=4,
-    )
-    .map(lambda values: {"enum": values}),
+    ).map(lambda values: {"enum": values}),
     st.integers(0, 4).map(lambda n: {"type": "string", "maxLength": n}),
     st.sampled_from(
         [

@@ -284,8 +284,8 @@ def make_model(folder: Path, corpus: list[Path]) -> Path:
             special_tokens=["<unk>", "<s>", "</s>"],
             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         )
-        lines = (line for file in corpus for line in gzip.open(file, "rt", encoding="utf-8"))  # noqa: SIM115
-        backend.train_from_iterator(lines, trainer)
+        texts = (gzip.decompress(file.read_bytes()).decode() for file in corpus)
+        backend.train_from_iterator((line for text in texts for line in text.splitlines()), trainer)
         backend.save(str(target / "tokenizer.json"))
         (target / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     return target

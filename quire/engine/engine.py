@@ -312,8 +312,9 @@ class Engine:
             return self._append(seq, live, token)
         forced: list[int] = []
         if matcher.error is None and token not in self.eos_ids:
-            # Log-probabilities are those of sampled tokens, so none is then taken unsampled.
-            forced = matcher.accept(token, jump=detail is None)
+            # Log-probabilities are those of sampled tokens, and KV methods see decoded tokens one
+            # by one, so no token is then taken unsampled.
+            forced = matcher.accept(token, jump=detail is None and self.keeper is None)
         if matcher.error is not None:
             return self._fail(seq.request, matcher.error)
         for index, each in enumerate([token, *forced]):

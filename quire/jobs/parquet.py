@@ -97,14 +97,14 @@ def input_schema(source: str | Sequence[str]) -> pa.Schema | None:
     for file in find_files(source):
         if file == "-":
             return None
-        with open_input(file) as raw:
-            try:
+        try:
+            with open_input(file) as raw:
                 kind, stream = recognise(file, raw)
                 if kind not in ("parquet", "arrow"):
                     return None
                 schema, _ = open_parquet(file) if kind == "parquet" else open_arrow(stream)
-            except (OSError, InputFileError):
-                continue  # it has no rows to write either
+        except (OSError, InputFileError):
+            continue  # it has no rows to write either
         schemas.append(schema)
     try:
         return pa.unify_schemas(schemas)

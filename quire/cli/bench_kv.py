@@ -22,6 +22,7 @@ from quire.models.loader import load_spec
 
 LENGTHS = (512, 1024, 2048)
 SAMPLES, QUICK_SAMPLES = 16, 4
+QUICK_TASKS = ("kv", "needle", "many-shot")
 
 
 def bench_kv(
@@ -42,13 +43,13 @@ def bench_kv(
         ),
     ] = None,
     task: Annotated[
-        list[str] | None, typer.Option(help=f"One of {', '.join(TASKS)}; repeatable.")
+        list[str] | None, typer.Option(help=f"One of {', '.join(TASKS)}; repeatable. Default: all.")
     ] = None,
     samples: Annotated[
         int | None, typer.Option(help=f"Sessions of each task and length. Default: {SAMPLES}.")
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer lengths, sessions and budgets.")
+        bool, typer.Option("--quick", help="Fewer lengths, tasks, sessions and budgets.")
     ] = False,
     out: Annotated[Path, typer.Option(help="Folder for tables and plot.")] = Path("bench-kv"),
     seed: Annotated[int, typer.Option(help="Seed of the sessions.")] = 0,
@@ -67,7 +68,7 @@ def bench_kv(
             tuple(kv or default_recipes(quick)),
             model,
             tuple(length or _lengths(model, quick)),
-            tuple(task or TASKS),
+            tuple(task or (QUICK_TASKS if quick else TASKS)),
             samples if samples is not None else QUICK_SAMPLES if quick else SAMPLES,
             seed,
             rounds=1 if quick else 2,

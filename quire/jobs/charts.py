@@ -98,7 +98,7 @@ def round_ticks(top: float, *, whole: bool = False) -> list[float]:
 
 def byte_ticks(top: float) -> list[float]:
     """The same for bytes: multiples of a power of two."""
-    return _multiples(2.0 ** max(0, ceil(log2(top / 5)) if top else 0), top)
+    return _multiples(2.0 ** ceil(log2(max(1.0, top / 5))), top)
 
 
 def _multiples(step: float, top: float) -> list[float]:
@@ -113,7 +113,7 @@ def time_ticks(seconds: float, most: int = 6) -> tuple[list[float], float]:
 
 
 def _number(value: float) -> str:
-    return f"{value:.2f}".rstrip("0").rstrip(".")
+    return f"{round(value, 2) + 0.0:g}"  # no minus zero
 
 
 def _area(edges: Sequence[float], values: Sequence[float], top: float) -> str:

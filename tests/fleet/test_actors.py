@@ -94,7 +94,7 @@ def test_killed_actors_and_processes(cluster: Cluster, tiny: Path, expected: lis
 
     with on_ray(tiny, address=cluster.address, warn=words.append, **OPTIONS) as fleet:
         assert tokens(run_with_trouble(fleet, [kill_actor, kill_process])) == expected
-    assert len(words) == 2
+    assert 1 <= len(words) <= 2  # both may have hit one actor before it was missed
     assert all("It is started again." in text for text in words)
 
 

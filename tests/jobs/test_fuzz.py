@@ -261,7 +261,7 @@ def test_bad_rows_make_short_lines_that_any_file_holds(rows: list[Row | BadRow])
         if isinstance(row, BadRow):
             count += 1
             assert len(str(row.error)) < 1000, row
-            line = to_json(result_line(row, None, "demo", str))
+            line = to_json(result_line(row, None, "demo", str, 0))
             assert json.loads(line.encode())["custom_id"] == row.custom_id
     assert count > VARIANTS // 5  # or the lines were not damaged
 
@@ -281,7 +281,7 @@ def test_what_passes_can_be_tokenized_or_is_a_request_error(rows: list[Row | Bad
             assert ids
             assert all(0 <= i < setup.spec.vocab_size for i in ids)
             output = RequestOutput(0, text, ids)
-            to_json(result_line(row, output, "demo", str)).encode()
+            to_json(result_line(row, output, "demo", str, 0)).encode()
     assert encoded
     assert refused
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from quire.errors import InvalidRequestError
+from quire.errors import InvalidRequestError, shown
 
 Kind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
 _ALIASES = {"json": "json_schema"}
@@ -38,7 +38,7 @@ class Structure:
         if value is None or isinstance(value, Structure):
             return value
         if not isinstance(value, Mapping):
-            raise _invalid(f"{field} must be an object, not {value!r}.", field, value)
+            raise _invalid(f"{field} must be an object, not {shown(value)}.", field, value)
         if "type" in value:
             return _response_format(value, field)
         named = {_ALIASES.get(str(name), str(name)): form for name, form in value.items()}
@@ -46,7 +46,9 @@ class Structure:
         asked = {k: v for k, v in named.items() if v not in off or (k, v) == ("json_schema", False)}
         unknown = [name for name in asked if name not in _KINDS]
         if unknown:
-            raise _invalid(f"{field} has {unknown[0]!r}, which is not supported.", field, value)
+            raise _invalid(
+                f"{field} has {shown(unknown[0])}, which is not supported.", field, value
+            )
         if len(asked) != 1:
             raise _invalid(
                 f"{field} needs exactly one of {', '.join(_KINDS)}; it has "
@@ -89,7 +91,10 @@ def _response_format(value: Mapping[str, object], field: str) -> Structure | Non
         return Structure("json_object")
     if kind != "json_schema":
         raise _invalid(
-            f"{field} has the type {kind!r}.", field, kind, "Use text, json_object or json_schema."
+            f"{field} has the type {shown(kind)}.",
+            field,
+            kind,
+            "Use text, json_object or json_schema.",
         )
     inner = value.get("json_schema")
     if not isinstance(inner, Mapping) or "schema" not in inner:

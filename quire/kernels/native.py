@@ -227,6 +227,45 @@ def make_plan(*arguments: object) -> object:
     return _native().make_plan(*arguments)
 
 
+def make_packed_plan(*arguments: object) -> object:
+    """A plan over packed entries; the arguments are explained in `quire/attention/packed.py`."""
+    return _native().make_packed_plan(*arguments)
+
+
+def attend_packed(
+    plan: object,
+    layer: int,
+    q: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    softcap: float | None,
+) -> None:
+    """Merge attention of ``q`` ``[tokens, heads, head_dim]`` over a plan's packed entries into it.
+
+    ``out`` float32 ``[tokens, heads, head_dim]`` holds normalised results, ``lse`` float32
+    ``[tokens, heads]`` the logs of their weights' sums.
+    """
+    assert q.stride(2) == 1
+    assert q.stride(1) == q.shape[2]
+    for result in (out, lse):
+        assert result.dtype == torch.float32
+        assert result.is_contiguous()
+    assert out.shape == q.shape
+    assert lse.shape == q.shape[:2]
+    _native().attend_packed(
+        plan,
+        layer,
+        q.data_ptr(),
+        q.stride(0),
+        out.data_ptr(),
+        lse.data_ptr(),
+        scale,
+        softcap or 0.0,
+        _is_bf16(q),
+    )
+
+
 def dense(x: Tensor, weight: Tensor, outs: int, bias: Tensor | None, add: Tensor | None) -> Tensor:
     """``x W^T + bias + add`` for ``weight`` packed by `tiles`; ``x`` ``[rows, in]``."""
     out = x.new_empty(x.shape[0], outs)

@@ -11,13 +11,11 @@
 #include "kernels.h"
 #include "parallel.h"
 #include "simd.h"
+#include "softmax.h"
 
 namespace quire::QUIRE_ISA {
 
 namespace {
-
-constexpr int64_t BLOCK = 8 * PAGE;  // keys scored at once
-constexpr float NOTHING = -1e30f;    // maximum of a row that has seen no key; stays finite
 
 struct Workspace {
     std::vector<float> scores, out, top, best;
@@ -25,23 +23,8 @@ struct Workspace {
     std::vector<uint32_t> q, weights;  // units
 };
 
-// Turns products of q and k into scores in units of log2, under a soft cap.
-QUIRE_INLINE F capped(F x, float scale, float softcap) {
-    return tanh(x * splat(scale / softcap)) * splat(softcap * LOG2E);
-}
-
-// -inf in the lanes outside [low, high).
-QUIRE_INLINE F hide(F x, int64_t low, int64_t high) {
-    float lanes[WIDTH];
-    store(lanes, x);
-    for (int64_t j = 0; j < WIDTH; ++j)
-        if (j < low || j >= high) lanes[j] = -INFINITY;
-    return load(lanes);
-}
-
-// `top` in units of log2, `mass` relative to it.
 void save_lse(const AttentionArgs& args, int64_t at, float top, float mass) {
-    if (args.lse != nullptr) args.lse[at] = mass > 0 ? (top + std::log2(mass)) / LOG2E : -INFINITY;
+    if (args.lse != nullptr) args.lse[at] = log_of(top, mass);
 }
 
 template <class E> struct Task {
@@ -201,12 +184,8 @@ template <class E> struct Task {
     }
 
     void save() {
-        for (int64_t r = 0; r < rows; ++r) {
-            float* to = saved(r);
-            std::memcpy(to, work.out.data() + r * dim, dim * sizeof(float));
-            to[dim] = work.top[r];
-            to[dim + 1] = sum(work.mass[r]);
-        }
+        for (int64_t r = 0; r < rows; ++r)
+            save_part(saved(r), dim, work.out.data() + r * dim, work.top[r], sum(work.mass[r]));
     }
 
     // The two passes of `attend_in_order`.
@@ -261,49 +240,17 @@ template <class E> struct Task {
     }
 };
 
-template <class T>
-void merge_row(const AttentionArgs& args, int64_t token, int64_t head) {
-    const AttentionPlan& plan = *args.plan;
-    const int64_t dim = plan.head_dim;
-    const Part* first = plan.parts.data() + plan.part_start[token];
-    const Part* last = plan.parts.data() + plan.part_start[token + 1];
-    if (first != last && first->scratch < 0) return;
-    const float* base = args.scratch + head * plan.scratch_floats;
-    T* to = static_cast<T*>(args.out) + (token * plan.kv_heads + head) * plan.group * dim;
-    thread_local std::vector<float> sums;
-    for (int64_t g = 0; g < plan.group; ++g, to += dim) {
-        const int64_t at = g * (dim + 2);
-        float top = NOTHING, mass = 0;
-        for (const Part* p = first; p != last; ++p)
-            top = std::max(top, base[p->scratch + at + dim]);
-        sums.assign(dim, 0.0f);
-        for (const Part* p = first; p != last; ++p) {
-            const float* part = base + p->scratch + at;
-            const float weight = std::exp2(part[dim] - top);
-            mass += weight * part[dim + 1];
-            for (int64_t i = 0; i < dim; i += WIDTH)
-                store(&sums[i], fma(splat(weight), load(part + i), load(&sums[i])));
-        }
-        const F share = splat(mass > 0 ? 1 / mass : 0);
-        for (int64_t i = 0; i < dim; i += WIDTH) store(to + i, load(&sums[i]) * share);
-        save_lse(args, (token * plan.kv_heads + head) * plan.group + g, top, mass);
-    }
-}
-
 template <class E> void attend_with(const AttentionArgs& args) {
+    using T = typename E::Element;
     const AttentionPlan& plan = *args.plan;
-    const int64_t bundles = int64_t(plan.bundles.size()) - 1;
-    parallel_tasks(bundles * plan.kv_heads, [&](int64_t i) {
-        thread_local Workspace work;
-        const int64_t bundle = i / plan.kv_heads;
-        for (int64_t t = plan.bundles[bundle]; t < plan.bundles[bundle + 1]; ++t)
-            Task<E>(args, plan.tasks[t], i % plan.kv_heads, work).run();
+    each_task<Workspace>(plan, [&](const AttentionTask& task, int64_t head, Workspace& work) {
+        Task<E>(args, task, head, work).run();
     });
-    const int64_t tokens = int64_t(plan.positions.size());
-    parallel_ranges(tokens, 16, [&](int64_t first, int64_t last) {
-        for (int64_t token = first; token < last; ++token)
-            for (int64_t head = 0; head < plan.kv_heads; ++head)
-                merge_row<typename E::Element>(args, token, head);
+    each_merged(plan, args.scratch, [&](int64_t at, float top, float mass, const float* sums) {
+        T* to = static_cast<T*>(args.out) + at * plan.head_dim;
+        const F share = splat(mass > 0 ? 1 / mass : 0);
+        for (int64_t i = 0; i < plan.head_dim; i += WIDTH) store(to + i, load(sums + i) * share);
+        save_lse(args, at, top, mass);
     });
 }
 

@@ -10,6 +10,7 @@
 namespace quire {
 
 constexpr int64_t PAGE = 16;  // tokens of a KV page: one tile
+constexpr int64_t LONGEST_HEAD = 256;
 
 // One step's reads of the KV arena: read i lets rows [row, row + rows) see `keys` tokens, which
 // lie in `pages[page...]` from slot `offset` of the first page on; token j stands at `position + j`.
@@ -51,6 +52,45 @@ struct AttentionArgs {
     float scale, softcap;  // softcap 0: none
     float* scratch;        // [kv_heads, scratch_floats]
     float* lse;            // [tokens, heads], log of the sum of exp(scores); or null
+    bool bf16;
+};
+
+enum Numbers : int64_t { FLOAT = 0, BFLOAT = 1, EXPONENT = 2 };  // EXPONENT: a power of two's
+
+// The keys or the values of one layer as codes: number = code * scale + low.
+struct CodedSide {
+    const uint8_t* codes;  // [kv_heads, pages, head_dim / 16, 32 * bits], see packed.cpp
+    // [kv_heads, 16 * pages / group, head_dim] where groups lie along tokens, else [kv_heads,
+    // head_dim / group, 16 * pages]. Without `low` it is such that the middle of the codes is 0.
+    const void *scale, *low;
+    int64_t bits, group, along_tokens, kind;
+};
+
+struct CodedLayer {
+    CodedSide keys, values;
+};
+
+struct PackedSource {
+    int64_t pages;
+    std::vector<CodedLayer> layers;
+};
+
+// A step's reads of packed entries: read i of the cut is of sources[i], whose entry `offset` is its
+// first key; `page` means nothing.
+struct PackedPlan {
+    AttentionPlan cut;
+    std::vector<PackedSource> sources;
+};
+
+struct PackedArgs {
+    const PackedPlan* plan;
+    const void* q;  // as in AttentionArgs
+    int64_t q_stride;
+    float* out;  // [tokens, heads, head_dim], normalised
+    float* lse;  // [tokens, heads]; what is read is merged into both
+    int64_t layer;
+    float scale, softcap;
+    float* scratch;
     bool bf16;
 };
 
@@ -121,6 +161,7 @@ struct MaskArgs {
 struct Kernels {
     const char* name;
     void (*attend)(const AttentionArgs&);
+    void (*attend_packed)(const PackedArgs&);
     void (*rotate_append)(const RotateArgs&);
     void (*rms_norm)(const NormArgs&);
     void (*gate)(const GateArgs&);

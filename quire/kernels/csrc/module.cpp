@@ -76,7 +76,7 @@ AttentionPlan make_plan(Ints reads, Shorts pages, Ints positions, std::optional<
         const int64_t* r = reads.data() + i * 6;
         plan.reads.push_back({r[0], r[1], r[2], r[3], r[4], r[5]});
     }
-    plan.pages.assign(pages.data(), pages.data() + pages.size());
+    if (pages.is_valid()) plan.pages.assign(pages.data(), pages.data() + pages.size());
     plan.positions.assign(positions.data(), positions.data() + positions.size());
     if (kept) plan.kept.assign(kept->data(), kept->data() + kept->size());
     plan.layers = layers;
@@ -96,6 +96,37 @@ void attend(const AttentionPlan& plan, int64_t layer, uintptr_t q, int64_t q_str
     scratch.resize(plan.kv_heads * plan.scratch_floats);
     active->attend({&plan, at<void>(q), q_stride, at<void>(out), at<void>(keys), at<void>(values),
                     layer, scale, softcap, scratch.data(), at<float>(lse), bf16});
+}
+
+// `reads` [reads, 6]: row, rows, source, first entry, entries, position of the first; `sources`
+// [sources, layers, 2, 8]: of keys and values, pages and the members of a CodedSide.
+PackedPlan make_packed_plan(Ints reads, Ints sources, Ints positions, std::optional<Shorts> kept,
+                            int64_t layers, int64_t kv_heads, int64_t group, int64_t head_dim,
+                            int64_t window) {
+    PackedPlan plan;
+    plan.cut = make_plan(reads, {}, positions, kept, layers, kv_heads, group, head_dim, window,
+                         false);
+    const auto side = [](const int64_t* s) {
+        return CodedSide{at<uint8_t>(s[1]), at<void>(s[2]), at<void>(s[3]), s[4], s[5], s[6], s[7]};
+    };
+    for (const Read& read : plan.cut.reads) {
+        PackedSource source;
+        for (int64_t layer = 0; layer < layers; ++layer) {
+            const int64_t* both = sources.data() + (read.page * layers + layer) * 16;
+            source.pages = both[0];
+            source.layers.push_back({side(both), side(both + 8)});
+        }
+        plan.sources.push_back(std::move(source));
+    }
+    return plan;
+}
+
+void attend_packed(const PackedPlan& plan, int64_t layer, uintptr_t q, int64_t q_stride,
+                   uintptr_t out, uintptr_t lse, float scale, float softcap, bool bf16) {
+    thread_local std::vector<float> scratch;
+    scratch.resize(plan.cut.kv_heads * plan.cut.scratch_floats);
+    active->attend_packed({&plan, at<void>(q), q_stride, at<float>(out), at<float>(lse), layer,
+                           scale, softcap, scratch.data(), bf16});
 }
 
 void rotate_append(uintptr_t q, int64_t q_stride, uintptr_t k, int64_t k_stride, uintptr_t v,
@@ -202,7 +233,13 @@ NB_MODULE(_native, m) {
                      [](const AttentionPlan& p) { return p.scratch_floats * p.kv_heads; });
     m.def("make_plan", make_plan, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
           nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
+    nb::class_<PackedPlan>(m, "PackedPlan").def_prop_ro("tasks", [](const PackedPlan& p) {
+        return p.cut.tasks.size();
+    });
+    m.def("make_packed_plan", make_packed_plan, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
+          nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
     m.def("attend", attend, free);
+    m.def("attend_packed", attend_packed, free);
     m.def("rotate_append", rotate_append, free);
     m.def("rms_norm", rms_norm, free);
     m.def("gate", gate, free);

@@ -45,6 +45,7 @@ struct U { NativeU part[PARTS]; };
 
 QUIRE_INLINE F splat(float x) { F r; QUIRE_EACH r.part[p] = x - NativeF{}; return r; }
 QUIRE_INLINE I splat_int(int32_t x) { I r; QUIRE_EACH r.part[p] = x - NativeI{}; return r; }
+QUIRE_INLINE U splat_unit(uint32_t x) { U r; QUIRE_EACH r.part[p] = x - NativeU{}; return r; }
 QUIRE_INLINE F load(const float* at) { F r; std::memcpy(&r, at, sizeof r); return r; }
 QUIRE_INLINE U load_units(const void* at) { U r; std::memcpy(&r, at, sizeof r); return r; }
 QUIRE_INLINE void store(float* at, F x) { std::memcpy(at, &x, sizeof x); }
@@ -69,6 +70,16 @@ QUIRE_INLINE F abs(F a) {
 }
 QUIRE_INLINE F to_float(I a) {
     F r; QUIRE_EACH r.part[p] = __builtin_convertvector(a.part[p], NativeF); return r;
+}
+QUIRE_INLINE I to_int(F a) {  // to the nearest, for numbers below 2^22
+    I r;
+#if defined(__AVX512F__)
+    r.part[0] = (NativeI)_mm512_cvtps_epi32((__m512)a.part[0]);
+#else
+    // Adding 1.5 * 2^23 rounds to an integer in the low bits.
+    QUIRE_EACH r.part[p] = (NativeI)(a.part[p] + 12582912.0f) - 0x4b400000;
+#endif
+    return r;
 }
 QUIRE_INLINE I operator+(I a, I b) { I r; QUIRE_EACH r.part[p] = a.part[p] + b.part[p]; return r; }
 QUIRE_INLINE I operator-(I a, I b) { I r; QUIRE_EACH r.part[p] = a.part[p] - b.part[p]; return r; }
@@ -261,6 +272,54 @@ struct Bf16 : Bf16Chain {
 #endif
 };
 
+// acc += the sums of four products of bytes, unsigned times signed, in each lane. SMALL: no sum of two
+// neighbouring products exceeds 16 bits.
+template <bool SMALL = false> QUIRE_INLINE I dot_bytes(I acc, U a, U b) {
+#if defined(__AVX512VNNI__)
+    acc.part[0] = (NativeI)_mm512_dpbusd_epi32((__m512i)acc.part[0], (__m512i)a.part[0],
+                                               (__m512i)b.part[0]);
+#elif defined(__AVX512BW__)
+    const __m512i x = (__m512i)a.part[0], y = (__m512i)b.part[0];
+    if constexpr (SMALL) {
+        acc.part[0] += (NativeI)_mm512_madd_epi16(_mm512_maddubs_epi16(x, y), _mm512_set1_epi16(1));
+    } else {  // even and odd bytes apart, so that no 16-bit sum can saturate
+        const __m512i even = _mm512_and_si512(x, _mm512_set1_epi16(255));
+        const __m512i low = _mm512_srai_epi16(_mm512_slli_epi16(y, 8), 8);
+        acc.part[0] += (NativeI)_mm512_madd_epi16(even, low) +
+                       (NativeI)_mm512_madd_epi16(_mm512_srli_epi16(x, 8), _mm512_srai_epi16(y, 8));
+    }
+#elif defined(__AVX2__)
+    QUIRE_EACH {
+        const __m256i x = (__m256i)a.part[p], y = (__m256i)b.part[p];
+        if constexpr (SMALL) {
+            acc.part[p] +=
+                (NativeI)_mm256_madd_epi16(_mm256_maddubs_epi16(x, y), _mm256_set1_epi16(1));
+        } else {
+            const __m256i even = _mm256_and_si256(x, _mm256_set1_epi16(255));
+            const __m256i low = _mm256_srai_epi16(_mm256_slli_epi16(y, 8), 8);
+            acc.part[p] +=
+                (NativeI)_mm256_madd_epi16(even, low) +
+                (NativeI)_mm256_madd_epi16(_mm256_srli_epi16(x, 8), _mm256_srai_epi16(y, 8));
+        }
+    }
+#elif defined(__SSE2__)
+    QUIRE_EACH {
+        const __m128i x = (__m128i)a.part[p], y = (__m128i)b.part[p];
+        const __m128i even = _mm_and_si128(x, _mm_set1_epi16(255));
+        const __m128i low = _mm_srai_epi16(_mm_slli_epi16(y, 8), 8);
+        acc.part[p] += (NativeI)_mm_madd_epi16(even, low) +
+                       (NativeI)_mm_madd_epi16(_mm_srli_epi16(x, 8), _mm_srai_epi16(y, 8));
+    }
+#else
+    QUIRE_EACH {
+        const NativeI x = (NativeI)a.part[p], y = (NativeI)b.part[p];
+        acc.part[p] += (x & 255) * ((y << 24) >> 24) + (x >> 8 & 255) * ((y << 16) >> 24) +
+                       (x >> 16 & 255) * ((y << 8) >> 24) + (x >> 24 & 255) * (y >> 24);
+    }
+#endif
+    return acc;
+}
+
 struct Int8 {  // unsigned rows times signed columns
     using Element = int8_t;
     using Acc = I;
@@ -268,40 +327,7 @@ struct Int8 {  // unsigned rows times signed columns
     static constexpr int PACK = 4;
     static QUIRE_INLINE Acc zero() { return splat_int(0); }
     static QUIRE_INLINE Acc dot(Acc acc, uint32_t a, U b) {
-#if defined(__AVX512VNNI__)
-        acc.part[0] = (NativeI)_mm512_dpbusd_epi32(
-            (__m512i)acc.part[0], _mm512_set1_epi32(int(a)), (__m512i)b.part[0]);
-#else
-        // Even and odd bytes apart, so that no 16-bit sum can saturate.
-        uint32_t even = a & 0x00ff00ffu, odd = (a >> 8) & 0x00ff00ffu;
-        QUIRE_EACH {
-#if defined(__AVX512BW__)
-            __m512i w = (__m512i)b.part[p];
-            __m512i low = _mm512_srai_epi16(_mm512_slli_epi16(w, 8), 8);
-            __m512i high = _mm512_srai_epi16(w, 8);
-            acc.part[p] += (NativeI)_mm512_madd_epi16(_mm512_set1_epi32(int(even)), low) +
-                           (NativeI)_mm512_madd_epi16(_mm512_set1_epi32(int(odd)), high);
-#elif defined(__AVX2__)
-            __m256i w = (__m256i)b.part[p];
-            __m256i low = _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8);
-            __m256i high = _mm256_srai_epi16(w, 8);
-            acc.part[p] += (NativeI)_mm256_madd_epi16(_mm256_set1_epi32(int(even)), low) +
-                           (NativeI)_mm256_madd_epi16(_mm256_set1_epi32(int(odd)), high);
-#elif defined(__SSE2__)
-            __m128i w = (__m128i)b.part[p];
-            __m128i low = _mm_srai_epi16(_mm_slli_epi16(w, 8), 8);
-            __m128i high = _mm_srai_epi16(w, 8);
-            acc.part[p] += (NativeI)_mm_madd_epi16(_mm_set1_epi32(int(even)), low) +
-                           (NativeI)_mm_madd_epi16(_mm_set1_epi32(int(odd)), high);
-#else
-            NativeI w = (NativeI)b.part[p];
-            acc.part[p] += int32_t(even & 0xffff) * ((w << 24) >> 24) +
-                           int32_t(odd & 0xffff) * ((w << 16) >> 24) +
-                           int32_t(even >> 16) * ((w << 8) >> 24) + int32_t(odd >> 16) * (w >> 24);
-#endif
-        }
-#endif
-        return acc;
+        return dot_bytes(acc, splat_unit(a), b);
     }
 };
 

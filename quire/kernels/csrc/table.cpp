@@ -8,6 +8,7 @@
 namespace quire::QUIRE_ISA {
 
 void attend(const AttentionArgs&);
+void attend_packed(const PackedArgs&);
 void rotate_append(const RotateArgs&);
 void rms_norm(const NormArgs&);
 void gate(const GateArgs&);
@@ -19,7 +20,7 @@ void sample(const SampleArgs&);
 void mask(const MaskArgs&);
 
 extern const Kernels kernels;
-const Kernels kernels = {QUIRE_NAME(QUIRE_ISA), attend, rotate_append, rms_norm, gate, dense, int8,
-                         grouped, argmax, sample, mask};
+const Kernels kernels = {QUIRE_NAME(QUIRE_ISA), attend, attend_packed, rotate_append, rms_norm, gate, dense,
+                         int8, grouped, argmax, sample, mask};
 
 }  // namespace quire::QUIRE_ISA

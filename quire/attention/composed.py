@@ -2,35 +2,67 @@
 
 What lies in the arena is read as ever; each stored part is read once for all of its readers, and
 the partial results of a row are merged by their log-sum-exp. With a `Fetch`, decoding rows read
-only the entries that the node's index chooses.
+only the entries that the node's index chooses. The native kernels read packed entries as they are,
+and chosen ones where they lie in the arena; `partial` defines what they compute.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from quire.attention import packed
+from quire.attention.native import Shape
+from quire.attention.packed import SpanRead
 from quire.attention.segments import Item
+from quire.kernels import native
 from quire.kv.arena import Arena, TiledArena
 from quire.kv.method import Entries, Index, Reader, join
-from quire.kv.pages import Segment
+from quire.kv.pages import Segment, Span
 
 
 @dataclass(frozen=True)
-class Read:
-    """Rows ``[row, row + rows)`` of a step read ``segment``, whose first token is at ``start``.
+class Choice:
+    """Rows ``[row, row + rows)`` of a step read what ``index`` chooses of ``segment``.
 
-    All stored entries, or those that ``index`` chooses.
+    Its first token is at ``start``.
     """
 
     row: int
     rows: int
     segment: Segment
     start: int
-    index: Index | None = None
+    index: Index
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What a step reads beside the keys that its items see in the arena.
+
+    ``plans``: for each window, the reads of ``spans`` that the native kernels take; empty where
+    PyTorch does everything.
+    """
+
+    spans: list[SpanRead]
+    choices: list[Choice]
+    plans: dict[int | None, list[packed.Plan]] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.spans or self.choices)
+
+    def planned(
+        self, shape: Shape, windows: Iterable[int | None], positions: NDArray[np.int64]
+    ) -> Reads:
+        """The same with plans for the native kernels; rows stand at ``positions``."""
+        return replace(
+            self,
+            plans={w: packed.Plan.make_all(self.spans, shape, w, positions) for w in windows},
+        )
 
 
 @dataclass
@@ -99,12 +131,8 @@ def weigh(
 
 def held(arena: Arena | TiledArena, segment: Segment, start: int, layer: int) -> list[Entries]:
     """The entries of ``segment``, whose first token is at ``start``: stored, then the arena's."""
-    parts = []
-    at = 0
-    for span in segment.stored:
-        part = span.data.read(layer).part(span.start, span.stop)
-        parts.append(_counted(part, segment, layer, at))
-        at += span.stop - span.start
+    parts = [span_entries(span, kept, layer) for span, kept in spans_of(segment)]
+    at = segment.packed
     slots = torch.from_numpy(segment.slots[: segment.entries]).to(arena.keys.device)
     k, v = arena.read(layer, slots)  # [kv_heads, entries, head_dim]
     end = start + segment.length
@@ -112,15 +140,33 @@ def held(arena: Arena | TiledArena, segment: Segment, start: int, layer: int) ->
         positions = torch.from_numpy(segment.places[layer, :, at:]).long().to(k.device)
     else:
         positions = torch.arange(end - segment.entries, end, device=k.device).expand(k.shape[:2])
-    parts.append(_counted(Entries(k, v, positions), segment, layer, at))
+    kept = None if segment.kept is None else segment.kept - at
+    parts.append(_counted(Entries(k, v, positions), kept, layer))
     return parts
 
 
-def _counted(part: Entries, segment: Segment, layer: int, at: int) -> Entries:
-    if segment.kept is None:
+def spans_of(segment: Segment) -> list[tuple[Span, NDArray[np.int64] | None]]:
+    """The stored spans of ``segment``, each with how many of its entries are valid.
+
+    That is int64 ``[layers, kv_heads]``, and may lie beyond its ends; None: all.
+    """
+    found = []
+    at = 0
+    for span in segment.stored:
+        found.append((span, None if segment.kept is None else segment.kept - at))
+        at += span.stop - span.start
+    return found
+
+
+def span_entries(span: Span, kept: NDArray[np.int64] | None, layer: int) -> Entries:
+    """The entries of ``span``, of which ``kept`` (see `spans_of`) are valid."""
+    return _counted(span.data.read(layer).part(span.start, span.stop), kept, layer)
+
+
+def _counted(part: Entries, kept: NDArray[np.int64] | None, layer: int) -> Entries:
+    if kept is None:
         return part
-    kept = torch.from_numpy(segment.kept[layer]).to(part.keys.device)
-    count = (kept - at).clamp(0, len(part))
+    count = torch.from_numpy(kept[layer]).to(part.keys.device).clamp(0, len(part))
     return part if bool((count == len(part)).all()) else replace(part, count=count)
 
 
@@ -172,15 +218,15 @@ def arena_part(
 
 def reads_of(
     items: Sequence[Item], index_of: Callable[[Segment], Index | None]
-) -> tuple[list[Item], list[Read]]:
+) -> tuple[list[Item], Reads]:
     """The items as the arena's attention is to see them, and the reads that are left.
 
     Of an indexed segment, a decoding row reads what the index chooses: of the stored entries where
     there are any, else of the arena's.
     """
     plain: list[Item] = []
-    stored: dict[int, Read] = {}
-    chosen: dict[tuple[int, int], Read] = {}
+    stored: dict[Segment, list[int]] = {}  # -> first row, rows
+    chosen: dict[tuple[Segment, int], Choice] = {}
     run = 0  # counts the stretches of decoding rows, since a read is one range of rows
     row = 0
     decoding = False
@@ -194,21 +240,26 @@ def reads_of(
             shared = segment is not item.segment
             index = index_of(segment) if item.count == 1 and shared else None
             if index is not None:
-                at = chosen.get((id(segment), run), Read(row, 0, segment, start, index))
-                chosen[id(segment), run] = replace(at, rows=row + 1 - at.row)
+                at = chosen.get((segment, run), Choice(row, 0, segment, start, index))
+                chosen[segment, run] = replace(at, rows=row + 1 - at.row)
             if shared and (index is None or segment.stored):
                 before.append((segment, start))
             if segment.stored and index is None:
-                known = stored.get(id(segment), Read(row, 0, segment, start))
-                stored[id(segment)] = replace(known, rows=row + item.count - known.row)
+                rows = stored.setdefault(segment, [row, 0])
+                rows[1] = row + item.count - rows[0]
         plain.append(replace(item, before=tuple(before)))
         row += item.count
-    return plain, [*stored.values(), *chosen.values()]
+    spans = [
+        SpanRead(row, count, span, kept)
+        for segment, (row, count) in stored.items()
+        for span, kept in spans_of(segment)
+    ]
+    return plain, Reads(spans, list(chosen.values()))
 
 
 def add_reads(
     total: Partial,
-    reads: Sequence[Read],
+    reads: Reads,
     arena: Arena | TiledArena,
     layer: int,
     q: Tensor,
@@ -220,18 +271,85 @@ def add_reads(
     window: int | None,
 ) -> None:
     """Merge what ``reads`` give into ``total``, which holds the arena's part."""
-    for read in reads:
-        rows = slice(read.row, read.row + read.rows)
-        if read.index is not None:
-            places, mask = read.index.choose(layer, q[rows], readers[rows])
-            entries = fetched(arena, read.segment, read.start, layer, places)
-            total.add(
-                read.row,
-                partial(q[rows], entries, scale=scale, softcap=softcap, visible=mask),
-            )
+    plans = reads.plans.get(window)
+    for plan in plans or ():
+        _add_packed(total, plan, layer, q, scale=scale, softcap=softcap)
+    for read in reads.spans:
+        if plans is not None and packed.fits(read.span, window):
             continue
-        for entries in held(arena, read.segment, read.start, layer)[: len(read.segment.stored)]:
-            seen = visible_at(positions[rows], entries, window)
-            total.add(
-                read.row, partial(q[rows], entries, scale=scale, softcap=softcap, visible=seen)
-            )
+        rows = slice(read.row, read.row + read.rows)
+        entries = span_entries(read.span, read.kept, layer)
+        seen = visible_at(positions[rows], entries, window)
+        total.add(read.row, partial(q[rows], entries, scale=scale, softcap=softcap, visible=seen))
+    found = []
+    for choice in reads.choices:
+        rows = slice(choice.row, choice.row + choice.rows)
+        found.append((choice, *choice.index.choose(layer, q[rows], readers[rows])))
+    if plans is not None and isinstance(arena, TiledArena):
+        in_arena = [f for f in found if not f[0].segment.stored]
+        found = [f for f in found if f[0].segment.stored]
+        _add_chosen(total, in_arena, arena, layer, q, scale=scale, softcap=softcap)
+    for choice, places, mask in found:
+        entries = fetched(arena, choice.segment, choice.start, layer, places)
+        rows = slice(choice.row, choice.row + choice.rows)
+        total.add(choice.row, partial(q[rows], entries, scale=scale, softcap=softcap, visible=mask))
+
+
+def _add_packed(
+    total: Partial,
+    plan: packed.Plan,
+    layer: int,
+    q: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> None:
+    if plan.value_back is None:
+        plan.add(layer, q, total.out, total.lse, scale=scale, softcap=softcap)
+        return
+    part = Partial(torch.zeros_like(total.out), torch.full_like(total.lse, -torch.inf))
+    plan.add(layer, q, part.out, part.lse, scale=scale, softcap=softcap)
+    total.add(0, Partial(packed.turned(part.out, plan.value_back[layer]), part.lse))
+
+
+def _add_chosen(
+    total: Partial,
+    found: Sequence[tuple[Choice, Tensor, Tensor | None]],
+    arena: TiledArena,
+    layer: int,
+    q: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> None:
+    """Merge attention over chosen entries of the arena; each at most once for a row and head."""
+    if not found:
+        return
+    reads = []
+    held = []  # what the addresses are of
+    for choice, places, mask in found:
+        places, mask = places.contiguous(), None if mask is None else mask.contiguous()
+        offset, pages = choice.segment.tiles(native.PAGE)
+        held.append((places, mask, pages))
+        reads.append(
+            [
+                choice.row,
+                choice.rows,
+                places.data_ptr(),
+                0 if mask is None else mask.data_ptr(),
+                places.shape[-1],
+                pages.ctypes.data,
+                len(pages),
+                offset,
+            ]
+        )
+    native.attend_chosen(
+        np.array(reads, dtype=np.int64),
+        q,
+        arena.keys[layer],
+        arena.values[layer],
+        total.out,
+        total.lse,
+        scale,
+        softcap,
+    )

@@ -24,10 +24,11 @@ from quire.kv.store.packed import Packed
 
 
 @dataclass(frozen=True)
-class PackedRead:
-    """Rows ``[row, row + rows)`` read a span of packed entries.
+class SpanRead:
+    """Rows ``[row, row + rows)`` of a step read a span of stored entries.
 
-    ``kept`` int64 ``[layers, kv_heads]``: its leading entries that are valid; None: all.
+    ``kept`` int64 ``[layers, kv_heads]``: how many leading ones are valid, which may lie beyond its
+    ends; None: all.
     """
 
     row: int
@@ -53,9 +54,25 @@ class Plan:
     value_back: tuple[Tensor, ...] | None
 
     @classmethod
+    def make_all(
+        cls,
+        reads: Sequence[SpanRead],
+        shape: Shape,
+        window: int | None,
+        positions: NDArray[np.int64],
+    ) -> list[Plan]:
+        """Plans of those ``reads`` that the kernels can read under ``window``."""
+        alike: dict[tuple[int, int], list[SpanRead]] = {}
+        for read in reads:
+            if fits(read.span, window):
+                data = read.span.data
+                alike.setdefault((id(data.key_back), id(data.value_back)), []).append(read)
+        return [cls.make(group, shape, window, positions) for group in alike.values()]
+
+    @classmethod
     def make(
         cls,
-        reads: Sequence[PackedRead],
+        reads: Sequence[SpanRead],
         shape: Shape,
         window: int | None,
         positions: NDArray[np.int64],
@@ -96,18 +113,18 @@ class Plan:
     ) -> None:
         """Merge what the reads give into ``out`` and ``lse``; see `native.attend_packed`."""
         if self.key_back is not None:
-            q = _turned(q, self.key_back[layer].transpose(1, 2))
+            q = turned(q, self.key_back[layer].transpose(1, 2))
         native.attend_packed(self.tasks, layer, q, out, lse, scale, softcap)
 
 
-def _turned(x: Tensor, matrix: Tensor) -> Tensor:
+def turned(x: Tensor, matrix: Tensor) -> Tensor:
     """``x`` ``[rows, heads, head_dim]`` times the matrix of each head's KV head."""
     kv_heads = len(matrix)
-    turned = torch.einsum("rhgd,hde->rhge", x.unflatten(1, (kv_heads, -1)).float(), matrix.float())
-    return turned.flatten(1, 2).contiguous()
+    rows = x.view(len(x), kv_heads, -1, x.shape[2]).float()
+    return torch.einsum("rhgd,hde->rhge", rows, matrix.float()).flatten(1, 2).contiguous()
 
 
-def _kept(reads: Sequence[PackedRead], shape: Shape) -> NDArray[np.int32] | None:
+def _kept(reads: Sequence[SpanRead], shape: Shape) -> NDArray[np.int32] | None:
     """Valid leading keys int32 ``[reads, layers, kv_heads]``; None where all of them are."""
     if all(read.kept is None for read in reads):
         return None
@@ -116,7 +133,7 @@ def _kept(reads: Sequence[PackedRead], shape: Shape) -> NDArray[np.int32] | None
         [
             full * (read.span.stop - read.span.start)
             if read.kept is None
-            else read.kept.astype(np.int32)
+            else np.clip(read.kept, 0, read.span.stop - read.span.start).astype(np.int32)
             for read in reads
         ]
     )

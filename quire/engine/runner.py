@@ -102,12 +102,14 @@ class Runner:
 
     def _plans(self, items: list[Item]) -> dict[int | None, native.Plan]:
         """The native kernels' plan for each window that the model has."""
-        spec = self.model.spec
-        shape = native.Shape(len(spec.layers), spec.heads, spec.kv_heads, spec.head_dim)
         return {
-            window: native.Plan.make(items, shape, window, in_order=self.deterministic)
-            for window in {layer.window for layer in spec.layers}
+            window: native.Plan.make(items, self._shape(), window, in_order=self.deterministic)
+            for window in {layer.window for layer in self.model.spec.layers}
         }
+
+    def _shape(self) -> native.Shape:
+        spec = self.model.spec
+        return native.Shape(len(spec.layers), spec.heads, spec.kv_heads, spec.head_dim)
 
     def _compose(self, works: Sequence[Work], slots: Tensor, positions: Tensor) -> Attend:
         """The attention of a step under a KV recipe: the arena's part, then what methods hold."""
@@ -119,6 +121,8 @@ class Runner:
         readers = [keeper.reader(w.sequence, int(t)) for w in works for t in w.tokens]
         tiled = isinstance(arena, TiledArena) and not self.plain
         plans = self._plans(items) if tiled else {}
+        if tiled:
+            reads = reads.planned(self._shape(), set(windows), positions.numpy())
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
             window = windows[layer]

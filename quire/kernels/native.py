@@ -227,6 +227,87 @@ def make_plan(*arguments: object) -> object:
     return _native().make_plan(*arguments)
 
 
+def choose_chunks(
+    q: Tensor,
+    means: Tensor,
+    skipped: Tensor,
+    scale: float,
+    count: int,
+    run: int,
+    places: Tensor,
+) -> None:
+    """Write the entries of the ``count`` best chunks of ``run`` neighbours, ascending.
+
+    ``q`` ``[rows, heads, head_dim]``; ``means`` of the chunks' keys in tiles, ``[kv_heads,
+    chunks / 16, head_dim / p, 16, p]``; ``skipped`` bool ``[kv_heads, chunks]``, of which at least
+    ``count`` are False; ``places`` int64 ``[rows, kv_heads, at least count * run]``. A chunk is as
+    good as the largest share of a softmax over the chunks that a query head of its KV head gives.
+    """
+    rows, heads, head_dim = q.shape
+    kv_heads, chunks = skipped.shape
+    assert q.stride(2) == 1
+    assert q.stride(1) == head_dim
+    assert q.dtype == means.dtype
+    assert 0 < count <= chunks
+    assert means.shape[:3] == (kv_heads, -(-chunks // PAGE), head_dim // means.shape[4])
+    assert places.shape[:2] == (rows, kv_heads)
+    assert places.shape[2] >= count * run
+    for tensor in (means, skipped, places):
+        assert tensor.is_contiguous()
+    _native().choose(
+        q.data_ptr(),
+        q.stride(0),
+        means.data_ptr(),
+        skipped.data_ptr(),
+        rows,
+        kv_heads,
+        heads // kv_heads,
+        head_dim,
+        chunks,
+        count,
+        run,
+        places.data_ptr(),
+        places.shape[2],
+        scale,
+        _is_bf16(q),
+    )
+
+
+def attend_chosen(
+    reads: NDArray[np.int64],
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    softcap: float | None,
+) -> None:
+    """Merge attention over chosen entries of one layer's tiles into ``out`` and ``lse``.
+
+    ``reads`` int64 ``[reads, 8]`` is explained at ``FetchRead`` in kernels.h; the rest as in
+    `attend_packed`, which see.
+    """
+    _check_results(q, out, lse)
+    assert q.dtype == keys.dtype
+    kv_heads = keys.shape[1]
+    _native().attend_chosen(
+        reads,
+        q.data_ptr(),
+        q.stride(0),
+        out.data_ptr(),
+        lse.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        kv_heads,
+        q.shape[1] // kv_heads,
+        q.shape[2],
+        scale,
+        softcap or 0.0,
+        _is_bf16(q),
+    )
+
+
 def make_packed_plan(*arguments: object) -> object:
     """A plan over packed entries; the arguments are explained in `quire/attention/packed.py`."""
     return _native().make_packed_plan(*arguments)
@@ -246,13 +327,7 @@ def attend_packed(
     ``out`` float32 ``[tokens, heads, head_dim]`` holds normalised results, ``lse`` float32
     ``[tokens, heads]`` the logs of their weights' sums.
     """
-    assert q.stride(2) == 1
-    assert q.stride(1) == q.shape[2]
-    for result in (out, lse):
-        assert result.dtype == torch.float32
-        assert result.is_contiguous()
-    assert out.shape == q.shape
-    assert lse.shape == q.shape[:2]
+    _check_results(q, out, lse)
     _native().attend_packed(
         plan,
         layer,
@@ -264,6 +339,16 @@ def attend_packed(
         softcap or 0.0,
         _is_bf16(q),
     )
+
+
+def _check_results(q: Tensor, out: Tensor, lse: Tensor) -> None:
+    assert q.stride(2) == 1
+    assert q.stride(1) == q.shape[2]
+    for result in (out, lse):
+        assert result.dtype == torch.float32
+        assert result.is_contiguous()
+    assert out.shape == q.shape
+    assert lse.shape == q.shape[:2]
 
 
 def dense(x: Tensor, weight: Tensor, outs: int, bias: Tensor | None, add: Tensor | None) -> Tensor:

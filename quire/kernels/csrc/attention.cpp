@@ -5,6 +5,7 @@
 // with several tasks has its partial results merged by their log-sum-exp, as in FlashDecoding.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <vector>
 
@@ -18,29 +19,26 @@ namespace quire::QUIRE_ISA {
 namespace {
 
 struct Workspace {
-    std::vector<float> scores, out, top, best;
-    std::vector<F> mass;           // of each row, by lane
-    std::vector<uint32_t> q, weights;  // units
+    Lines<float> scores, out, top, best;
+    Lines<F> mass;                // of each row, by lane
+    Lines<uint32_t> q, weights;  // units
 };
 
 void save_lse(const AttentionArgs& args, int64_t at, float top, float mass) {
     if (args.lse != nullptr) args.lse[at] = log_of(top, mass);
 }
 
-template <class E> struct Task {
+// Query rows of one KV head, and what they have read so far.
+template <class E> struct Rows {
     using T = typename E::Element;
     static constexpr int64_t UNITS = BLOCK / E::PACK;  // of a row of weights
 
-    const AttentionArgs& args;
-    const AttentionPlan& plan;
-    const AttentionTask& task;
-    const Read& read;
-    const int64_t head, rows, dim, dim_units;
+    const int64_t rows, dim, dim_units;
+    const float scale, softcap;
     Workspace& work;
 
-    Task(const AttentionArgs& args, const AttentionTask& task, int64_t head, Workspace& work)
-        : args(args), plan(*args.plan), task(task), read(args.plan->reads[task.read]), head(head),
-          rows(task.rows * plan.group), dim(plan.head_dim), dim_units(plan.head_dim / E::PACK),
+    Rows(int64_t rows, int64_t dim, float scale, float softcap, Workspace& work)
+        : rows(rows), dim(dim), dim_units(dim / E::PACK), scale(scale), softcap(softcap),
           work(work) {
         work.q.resize(rows * dim_units);
         work.scores.resize(rows * BLOCK);
@@ -49,10 +47,89 @@ template <class E> struct Task {
         work.top.assign(rows, NOTHING);
         work.mass.assign(rows, splat(0));
         work.best.resize(rows);
+    }
+
+    void set_q(int64_t row, int64_t count, const T* q) {
+        std::memcpy(work.q.data() + row * dim_units, q, count * dim * sizeof(T));
+    }
+
+    // The largest score of one row, in units of log2, over lanes [low, high) of `count`; the others
+    // become -inf.
+    float largest(float* s, int64_t count, int64_t low, int64_t high) const {
+        F most = splat(-INFINITY);
+        const bool whole = low <= 0 && high >= count && softcap <= 0;
+        for (int64_t i = 0; i < count; i += WIDTH) {
+            F x = load(s + i);
+            if (!whole) {
+                if (softcap > 0) x = capped(x, scale, softcap);
+                if (i < low || i + WIDTH > high) x = hide(x, low - i, high - i);
+                store(s + i, x);
+            }
+            most = max(most, x);
+        }
+        return std::max(max_lane(most) * unit(), NOTHING);
+    }
+
+    // What a stored score is multiplied with to be in units of log2.
+    float unit() const { return softcap > 0 ? 1 : scale * LOG2E; }
+
+    // Weights 2^(score - top) of one row of `count` scores, as units; adds them up by lane. `keep`
+    // leaves the weights as floats where the scores were.
+    void weigh(int64_t r, int64_t count, float top, bool keep) {
+        float* s = work.scores.data() + r * BLOCK;
+        T* w = reinterpret_cast<T*>(work.weights.data() + r * UNITS);
+        const F factor = splat(unit()), shift = splat(-top);
+        F total = work.mass[r];
+        for (int64_t i = 0; i < count; i += WIDTH) {
+            const F x = exp2(fma(load(s + i), factor, shift));
+            total = total + x;
+            if (keep) store(s + i, x);
+            store(w + i, x);
+        }
+        if (!keep) work.mass[r] = total;
+    }
+
+    // Makes `top` the maximum that row r's sums refer to.
+    void raise(int64_t r, float top) {
+        const float before = work.top[r];
+        work.top[r] = top;
+        if (before == NOTHING) return;  // nothing is summed up yet
+        const F fade = splat(std::exp2(before - top));
+        work.mass[r] = work.mass[r] * fade;
+        float* out = work.out.data() + r * dim;
+        for (int64_t i = 0; i < dim; i += WIDTH) store(out + i, load(out + i) * fade);
+    }
+
+    // Weighs `count` scores of each row, whose maxima are `work.best`.
+    void weigh_all(int64_t count) {
+        for (int64_t r = 0; r < rows; ++r) {
+            if (work.best[r] > work.top[r]) raise(r, work.best[r]);
+            weigh(r, count, work.top[r], false);
+        }
+    }
+};
+
+template <class E> struct Task : Rows<E> {
+    using T = typename E::Element;
+    using Rows<E>::UNITS;
+    using Rows<E>::rows;
+    using Rows<E>::dim;
+    using Rows<E>::dim_units;
+    using Rows<E>::work;
+
+    const AttentionArgs& args;
+    const AttentionPlan& plan;
+    const AttentionTask& task;
+    const Read& read;
+    const int64_t head;
+
+    Task(const AttentionArgs& args, const AttentionTask& task, int64_t head, Workspace& work)
+        : Rows<E>(task.rows * args.plan->group, args.plan->head_dim, args.scale, args.softcap,
+                  work),
+          args(args), plan(*args.plan), task(task), read(args.plan->reads[task.read]), head(head) {
         const T* q = static_cast<const T*>(args.q) + head * plan.group * dim;
         for (int64_t r = 0; r < task.rows; ++r)
-            std::memcpy(work.q.data() + r * plan.group * dim_units,
-                        q + (task.row + r) * args.q_stride, plan.group * dim * sizeof(T));
+            this->set_q(r * plan.group, plan.group, q + (task.row + r) * args.q_stride);
     }
 
     // Last key, exclusive, that this layer and head may read.
@@ -78,42 +155,9 @@ template <class E> struct Task {
             int64_t low = task.first_key;
             if (plan.window) low = std::max(low, place - plan.window + 1);
             const int64_t high = std::min(last_key, place + 1);
-            best[r] = largest(work.scores.data() + r * BLOCK, count, low - shift, high - shift);
+            best[r] = this->largest(work.scores.data() + r * BLOCK, count, low - shift,
+                                    high - shift);
         }
-    }
-
-    float largest(float* s, int64_t count, int64_t low, int64_t high) const {
-        F most = splat(-INFINITY);
-        const bool whole = low <= 0 && high >= count && args.softcap <= 0;
-        for (int64_t i = 0; i < count; i += WIDTH) {
-            F x = load(s + i);
-            if (!whole) {
-                if (args.softcap > 0) x = capped(x, args.scale, args.softcap);
-                if (i < low || i + WIDTH > high) x = hide(x, low - i, high - i);
-                store(s + i, x);
-            }
-            most = max(most, x);
-        }
-        return std::max(max_lane(most) * unit(), NOTHING);
-    }
-
-    // What a stored score is multiplied with to be in units of log2.
-    float unit() const { return args.softcap > 0 ? 1 : args.scale * LOG2E; }
-
-    // Weights 2^(score - top) of one row of `count` scores, as units; adds them up by lane. `keep`
-    // leaves the weights as floats where the scores were.
-    void weigh(int64_t r, int64_t count, float top, bool keep) {
-        float* s = work.scores.data() + r * BLOCK;
-        T* w = reinterpret_cast<T*>(work.weights.data() + r * UNITS);
-        const F factor = splat(unit()), shift = splat(-top);
-        F total = work.mass[r];
-        for (int64_t i = 0; i < count; i += WIDTH) {
-            const F x = exp2(fma(load(s + i), factor, shift));
-            total = total + x;
-            if (keep) store(s + i, x);
-            store(w + i, x);
-        }
-        if (!keep) work.mass[r] = total;
     }
 
     template <class Product> void add_values(int64_t first, int64_t last) {
@@ -142,28 +186,14 @@ template <class E> struct Task {
     }
 
     void run() {
-        each_block([&](int64_t first, int64_t last, const float* best) {
-            for (int64_t r = 0; r < rows; ++r) {
-                if (best[r] > work.top[r]) raise(r, best[r]);
-                weigh(r, (last - first) * PAGE, work.top[r], false);
-            }
+        each_block([&](int64_t first, int64_t last, const float*) {
+            this->weigh_all((last - first) * PAGE);
             add_values<E>(first, last);
         });
         if (task.scratch < 0)
             finish();
         else
             save();
-    }
-
-    // Makes `top` the maximum that row r's sums refer to.
-    void raise(int64_t r, float top) {
-        const float before = work.top[r];
-        work.top[r] = top;
-        if (before == NOTHING) return;  // nothing is summed up yet
-        const F fade = splat(std::exp2(before - top));
-        work.mass[r] = work.mass[r] * fade;
-        float* out = work.out.data() + r * dim;
-        for (int64_t i = 0; i < dim; i += WIDTH) store(out + i, load(out + i) * fade);
     }
 
     void finish() {
@@ -222,7 +252,7 @@ template <class E> struct Task {
         each_block([&](int64_t first, int64_t last, const float*) {
             const int64_t count = (last - first) * PAGE;
             for (int64_t r = 0; r < rows; ++r) {
-                weigh(r, count, work.top[r], true);
+                this->weigh(r, count, work.top[r], true);
                 const float* weights = work.scores.data() + r * BLOCK;
                 float mass = sum(work.mass[r]);
                 for (int64_t i = 0; i < count; ++i) mass += weights[i];
@@ -272,6 +302,149 @@ template <class E> void attend_in_order(const AttentionArgs& args) {
              [](Task<E>& task) { task.run_in_order(); });
 }
 
+// --- chosen keys ---------------------------------------------------------------------------------
+
+// Half pages: 8 neighbouring slots, so that reading few keys here and there costs little more than
+// those keys do.
+constexpr int64_t HALF = PAGE / 2;
+
+struct Chosen {
+    std::vector<int64_t> halves;  // 2 * page + half, in order
+    std::vector<uint8_t> masks;   // which of their slots are read
+    std::vector<uint8_t> marks;   // of one read's half pages
+    Workspace work;
+
+    void clear() {
+        halves.clear();
+        masks.clear();
+    }
+
+    // The keys of one row and head; false where an entry is not in the segment.
+    bool add(const FetchRead& read, int64_t row, int64_t head, int64_t kv_heads) {
+        const int64_t at = (row * kv_heads + head) * read.count;
+        const int64_t* index = read.index + at;
+        const uint8_t* seen = read.mask == nullptr ? nullptr : read.mask + at;
+        marks.assign(2 * read.pages, 0);
+        int64_t open = 0;
+        uint8_t bits = 0;  // of half page `open`, kept here while neighbours follow
+        bool inside = true;
+        for (int64_t i = 0; i < read.count; ++i) {
+            if (seen != nullptr && !seen[i]) continue;
+            const int64_t slot = index[i] + read.offset;
+            if (uint64_t(slot) >= uint64_t(read.pages * PAGE)) {
+                inside = false;
+                continue;
+            }
+            if (slot / HALF != open) {
+                marks[open] |= bits;
+                open = slot / HALF;
+                bits = 0;
+            }
+            bits |= uint8_t(1u << (slot % HALF));
+        }
+        marks[open] |= bits;
+        for (int64_t i = 0; i < 2 * read.pages; ++i)
+            if (marks[i]) {
+                halves.push_back(2 * int64_t(read.page[i / 2]) + i % 2);
+                masks.push_back(marks[i]);
+            }
+        return inside;
+    }
+
+    // Makes whole tiles: half pages in pairs.
+    void pad() {
+        if (halves.size() % 2 == 0) return;
+        halves.push_back(halves.back());
+        masks.push_back(0);
+    }
+};
+
+template <class E> struct ChosenTask : Rows<E> {
+    using T = typename E::Element;
+    using Rows<E>::UNITS;
+    using Rows<E>::rows;
+    using Rows<E>::dim;
+    using Rows<E>::dim_units;
+    using Rows<E>::work;
+
+    const FetchArgs& args;
+    const Chosen& chosen;
+    const int64_t row, head;
+
+    ChosenTask(const FetchArgs& args, int64_t row, int64_t head, Chosen& chosen)
+        : Rows<E>(args.group, args.head_dim, args.scale, args.softcap, chosen.work), args(args),
+          chosen(chosen), row(row), head(head) {
+        this->set_q(0, args.group, static_cast<const T*>(args.q) + row * args.q_stride +
+                                       head * args.group * dim);
+    }
+
+    void run() {
+        const int64_t halves = int64_t(chosen.halves.size());
+        for (int64_t first = 0; first < halves; first += BLOCK / HALF)
+            add_block(first, std::min<int64_t>(BLOCK / HALF, halves - first));
+        for (int64_t r = 0; r < rows; ++r)
+            join((row * args.kv_heads + head) * args.group + r, args.out, args.lse, dim,
+                 work.top[r], sum(work.mass[r]), work.out.data() + r * dim);
+    }
+
+    void add_block(int64_t first, int64_t count) {
+        const int64_t* halves = chosen.halves.data() + first;
+        const uint8_t* masks = chosen.masks.data() + first;
+        const int64_t page_units = args.kv_heads * PAGE * dim_units;
+        const auto* keys = static_cast<const uint32_t*>(args.keys) + head * PAGE * dim_units;
+        const auto key = [=](int64_t i) {
+            return keys + halves[i] / 2 * page_units + halves[i] % 2 * HALF;
+        };
+        product<E>(
+            work.scores.data(), BLOCK, work.q.data(), dim_units,
+            [=](int64_t tile, int64_t) { return HalfRows{key(2 * tile), key(2 * tile + 1)}; }, rows,
+            count / 2, 1, dim_units, PAGE, false);
+        for (int64_t r = 0; r < rows; ++r) {
+            float* s = work.scores.data() + r * BLOCK;
+            for (int64_t tile = 0; tile < count / 2; ++tile) {
+                const uint32_t seen = masks[2 * tile] | uint32_t(masks[2 * tile + 1]) << HALF;
+                if (seen != 0xffff) hide_unseen(s + tile * WIDTH, seen);
+            }
+            work.best[r] = this->largest(s, count * HALF, 0, count * HALF);
+        }
+        this->weigh_all(count * HALF);
+        const auto* values = static_cast<const uint32_t*>(args.values) + head * PAGE * dim_units;
+        const int64_t half_units = HALF / E::PACK * dim;
+        product<E>(
+            work.out.data(), dim, work.weights.data(), UNITS,
+            [=](int64_t tile, int64_t i) {
+                return values + halves[i] / 2 * page_units + halves[i] % 2 * half_units +
+                       tile * WIDTH;
+            },
+            rows, dim / WIDTH, count, HALF / E::PACK, dim, true);
+    }
+
+    static void hide_unseen(float* s, uint32_t seen) {
+        for (int64_t j = 0; j < WIDTH; ++j)
+            if (!(seen >> j & 1)) s[j] = -INFINITY;
+    }
+};
+
+template <class E> bool fetch_with(const FetchArgs& args) {
+    std::atomic<bool> inside = true;
+    std::vector<int64_t> rows;
+    for (const FetchRead& read : args.reads)
+        for (int64_t row = read.row; row < read.row + read.rows; ++row) rows.push_back(row);
+    std::sort(rows.begin(), rows.end());
+    rows.erase(std::unique(rows.begin(), rows.end()), rows.end());
+    parallel_tasks(int64_t(rows.size()) * args.kv_heads, [&](int64_t i) {
+        thread_local Chosen chosen;
+        const int64_t row = rows[i / args.kv_heads], head = i % args.kv_heads;
+        chosen.clear();
+        for (const FetchRead& read : args.reads)
+            if (row >= read.row && row < read.row + read.rows)
+                if (!chosen.add(read, row - read.row, head, args.kv_heads)) inside = false;
+        chosen.pad();
+        ChosenTask<E>(args, row, head, chosen).run();
+    });
+    return inside;
+}
+
 }  // namespace
 
 void attend(const AttentionArgs& args) {
@@ -279,6 +452,10 @@ void attend(const AttentionArgs& args) {
         args.bf16 ? attend_in_order<Bf16>(args) : attend_in_order<Float>(args);
     else
         args.bf16 ? attend_with<Bf16>(args) : attend_with<Float>(args);
+}
+
+bool attend_chosen(const FetchArgs& args) {
+    return args.bf16 ? fetch_with<Bf16>(args) : fetch_with<Float>(args);
 }
 
 }  // namespace quire::QUIRE_ISA

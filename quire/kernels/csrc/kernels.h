@@ -55,14 +55,51 @@ struct AttentionArgs {
     bool bf16;
 };
 
+// Row i of [row, row + rows) reads of KV head h the entries index[i, h, :count] of a segment, each at
+// most once: those with a mask of 1, or all. Entry j is in slot `offset + j` of the segment's pages.
+struct FetchRead {
+    int64_t row, rows;
+    const int64_t* index;  // [rows, kv_heads, count]
+    const uint8_t* mask;   // as index, or null
+    int64_t count;
+    const int32_t* page;   // [pages]
+    int64_t pages, offset;
+};
+
+struct FetchArgs {
+    std::vector<FetchRead> reads;
+    const void* q;  // as in AttentionArgs
+    int64_t q_stride;
+    float* out;  // [tokens, heads, head_dim], normalised
+    float* lse;  // [tokens, heads]; what is read is merged into both
+    const void *keys, *values;  // as in AttentionArgs
+    int64_t kv_heads, group, head_dim;
+    float scale, softcap;
+    bool bf16;
+};
+
+// For each row and KV head the `count` chunks of `run` neighbours whose means fit best: the places of
+// their entries, ascending.
+struct ChooseArgs {
+    const void* q;  // [rows, heads, head_dim], rows `q_stride` apart
+    int64_t q_stride;
+    const void* means;       // [kv_heads, chunks / 16, head_dim / pack, 16, pack], rounded up
+    const uint8_t* skipped;  // [kv_heads, chunks] 1: never chosen
+    int64_t rows, kv_heads, group, head_dim, chunks, count, run;
+    int64_t* places;  // [rows, kv_heads, stride], of which the first count * run are written
+    int64_t stride;
+    float scale;
+    bool bf16;
+};
+
 enum Numbers : int64_t { FLOAT = 0, BFLOAT = 1, EXPONENT = 2 };  // EXPONENT: a power of two's
 
-// The keys or the values of one layer as codes: number = code * scale + low.
+// The keys or the values of one layer as codes: number = (code - 2^(bits - 1)) * scale + middle.
 struct CodedSide {
     const uint8_t* codes;  // [kv_heads, pages, head_dim / 16, 32 * bits], see packed.cpp
     // [kv_heads, 16 * pages / group, head_dim] where groups lie along tokens, else [kv_heads,
-    // head_dim / group, 16 * pages]. Without `low` it is such that the middle of the codes is 0.
-    const void *scale, *low;
+    // head_dim / group, 16 * pages]. Without `middle` it is 0.
+    const void *scale, *middle;
     int64_t bits, group, along_tokens, kind;
 };
 
@@ -161,6 +198,8 @@ struct MaskArgs {
 struct Kernels {
     const char* name;
     void (*attend)(const AttentionArgs&);
+    void (*choose)(const ChooseArgs&);
+    bool (*attend_chosen)(const FetchArgs&);  // false: an entry is not in its segment
     void (*attend_packed)(const PackedArgs&);
     void (*rotate_append)(const RotateArgs&);
     void (*rms_norm)(const NormArgs&);

@@ -98,6 +98,32 @@ void attend(const AttentionPlan& plan, int64_t layer, uintptr_t q, int64_t q_str
                     layer, scale, softcap, scratch.data(), at<float>(lse), bf16});
 }
 
+void choose(uintptr_t q, int64_t q_stride, uintptr_t means, uintptr_t skipped, int64_t rows,
+            int64_t kv_heads, int64_t group, int64_t head_dim, int64_t chunks, int64_t count,
+            int64_t run, uintptr_t places, int64_t stride, float scale, bool bf16) {
+    active->choose({at<void>(q), q_stride, at<void>(means), at<uint8_t>(skipped), rows, kv_heads,
+                    group, head_dim, chunks, count, run, at<int64_t>(places), stride, scale, bf16});
+}
+
+// `reads` [reads, 8]: the members of a FetchRead.
+void attend_chosen(Ints reads, uintptr_t q, int64_t q_stride, uintptr_t out, uintptr_t lse,
+                   uintptr_t keys, uintptr_t values, int64_t kv_heads, int64_t group,
+                   int64_t head_dim, float scale, float softcap, bool bf16) {
+    FetchArgs args{{}, at<void>(q), q_stride, at<float>(out), at<float>(lse), at<void>(keys),
+                   at<void>(values), kv_heads, group, head_dim, scale, softcap, bf16};
+    for (size_t i = 0; i < reads.shape(0); ++i) {
+        const int64_t* r = reads.data() + i * 8;
+        args.reads.push_back({r[0], r[1], at<int64_t>(r[2]), at<uint8_t>(r[3]), r[4],
+                              at<int32_t>(r[5]), r[6], r[7]});
+    }
+    bool inside;
+    {
+        nb::gil_scoped_release free;
+        inside = active->attend_chosen(args);
+    }
+    if (!inside) throw std::out_of_range("an index chose an entry that is not in its segment");
+}
+
 // `reads` [reads, 6]: row, rows, source, first entry, entries, position of the first; `sources`
 // [sources, layers, 2, 8]: of keys and values, pages and the members of a CodedSide.
 PackedPlan make_packed_plan(Ints reads, Ints sources, Ints positions, std::optional<Shorts> kept,
@@ -239,6 +265,8 @@ NB_MODULE(_native, m) {
     m.def("make_packed_plan", make_packed_plan, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
           nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
     m.def("attend", attend, free);
+    m.def("choose", choose, free);
+    m.def("attend_chosen", attend_chosen);
     m.def("attend_packed", attend_packed, free);
     m.def("rotate_append", rotate_append, free);
     m.def("rms_norm", rms_norm, free);

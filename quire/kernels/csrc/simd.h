@@ -60,7 +60,11 @@ QUIRE_INLINE F fma(F a, F b, F c) {
     F r; QUIRE_EACH r.part[p] = a.part[p] * b.part[p] + c.part[p]; return r;
 }
 QUIRE_INLINE F max(F a, F b) {
+#if defined(__AVX512F__)
+    return {{(NativeF)_mm512_max_ps((__m512)a.part[0], (__m512)b.part[0])}};
+#else
     F r; QUIRE_EACH r.part[p] = a.part[p] > b.part[p] ? a.part[p] : b.part[p]; return r;
+#endif
 }
 QUIRE_INLINE F min(F a, F b) {
     F r; QUIRE_EACH r.part[p] = a.part[p] < b.part[p] ? a.part[p] : b.part[p]; return r;
@@ -114,6 +118,30 @@ QUIRE_INLINE float max_lane(F a) {
     return fold(a, [](NativeF x, NativeF y) { return x > y ? x : y; });
 }
 
+// Folds the lanes of each of eight vectors.
+template <class Both> QUIRE_INLINE void fold_rows(const F* x, float* to, const Both& both) {
+#if defined(__AVX512F__)
+    // Each round halves the vectors, and the lanes that belong to a row.
+    const auto fold = [&](__m512 a, __m512 b) { return (__m512)both((NativeF)a, (NativeF)b); };
+    __m512 a[4], b[2];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        const __m512 u = (__m512)x[i].part[0], v = (__m512)x[i + 4].part[0];
+        a[i] = fold(_mm512_shuffle_f32x4(u, v, 0x44), _mm512_shuffle_f32x4(u, v, 0xee));
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i)
+        b[i] = fold(_mm512_shuffle_f32x4(a[i], a[i + 2], 0x88),
+                    _mm512_shuffle_f32x4(a[i], a[i + 2], 0xdd));
+    const __m512 c = fold(_mm512_shuffle_ps(b[0], b[1], 0x44), _mm512_shuffle_ps(b[0], b[1], 0xee));
+    const __m512 d = fold(c, _mm512_permute_ps(c, 0xb1));
+    const __m512i order = _mm512_setr_epi32(0, 2, 8, 10, 4, 6, 12, 14, 0, 0, 0, 0, 0, 0, 0, 0);
+    _mm256_storeu_ps(to, _mm512_castps512_ps256(_mm512_permutexvar_ps(order, d)));
+#else
+    for (int r = 0; r < 8; ++r) to[r] = fold(x[r], both);
+#endif
+}
+
 // bfloat16 is the upper half of a float.
 struct bf16 { uint16_t bits; };
 
@@ -137,11 +165,17 @@ template <> QUIRE_INLINE bf16 from_float<bf16>(float x) { return to_bf16(x); }
 
 QUIRE_INLINE F load(const bf16* at) {
     F r;
+#if defined(__AVX512F__)
+    __m256i half;
+    std::memcpy(&half, at, sizeof half);
+    r.part[0] = (NativeF)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+#else
     QUIRE_EACH {
         NativeH half;
         std::memcpy(&half, at + p * LANES, sizeof half);
         r.part[p] = (NativeF)(__builtin_convertvector(half, NativeU) << 16);
     }
+#endif
     return r;
 }
 QUIRE_INLINE void store(bf16* at, F x) {
@@ -331,6 +365,25 @@ struct Int8 {  // unsigned rows times signed columns
     }
 };
 
+// Columns of a tile that lie in two places, eight in each.
+struct HalfRows {
+    const uint32_t *low, *high;
+};
+QUIRE_INLINE U tile_row(const uint32_t* at, int64_t offset) { return load_units(at + offset); }
+QUIRE_INLINE U tile_row(HalfRows at, int64_t offset) {
+    U r;
+#if defined(__AVX512F__)
+    __m256i low, high;
+    std::memcpy(&low, at.low + offset, sizeof low);
+    std::memcpy(&high, at.high + offset, sizeof high);
+    r.part[0] = (NativeU)_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+#else
+    std::memcpy(&r, at.low + offset, sizeof r / 2);
+    std::memcpy(reinterpret_cast<char*>(&r) + sizeof r / 2, at.high + offset, sizeof r / 2);
+#endif
+    return r;
+}
+
 // out[rows, tiles * 16] (+)= a[rows, runs * steps units] * b, for any number of rows and tiles.
 //
 // `a` has `a_stride` units between rows. The inner dimension consists of runs of `steps` units; step
@@ -347,13 +400,13 @@ __attribute__((noinline)) void product_block(
         for (int c = 0; c < C; ++c)
             acc[r][c] = accumulate ? load(out + r * out_stride + c * WIDTH) : E::zero();
     for (int64_t run = 0; run < runs; ++run, a += steps) {
-        const uint32_t* at[C];
+        decltype(b(tile, run)) at[C];
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) at[c] = b(tile + c, run);
         for (int64_t s = 0; s < steps; ++s) {
             U units[C];
 #pragma GCC unroll 4
-            for (int c = 0; c < C; ++c) units[c] = load_units(at[c] + s * step_stride);
+            for (int c = 0; c < C; ++c) units[c] = tile_row(at[c], s * step_stride);
 #pragma GCC unroll 6
             for (int r = 0; r < R; ++r) {
                 const uint32_t unit = a[r * a_stride + s];

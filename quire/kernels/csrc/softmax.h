@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <new>
 #include <vector>
 
 #include "kernels.h"
@@ -13,6 +14,18 @@ namespace quire::QUIRE_ISA {
 
 constexpr int64_t BLOCK = 8 * PAGE;  // keys scored at once
 constexpr float NOTHING = -1e30f;    // maximum of a row that has seen no key; stays finite
+
+// Workspaces begin at a cache line, so that no vector lies across two.
+template <class T> struct LineAllocator {
+    using value_type = T;
+    static constexpr std::align_val_t LINE{64};
+    LineAllocator() = default;
+    template <class Other> LineAllocator(const LineAllocator<Other>&) {}
+    T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), LINE)); }
+    void deallocate(T* at, size_t) { ::operator delete(at, LINE); }
+    template <class Other> bool operator==(const LineAllocator<Other>&) const { return true; }
+};
+template <class T> using Lines = std::vector<T, LineAllocator<T>>;
 
 // Turns products of q and k into scores in units of log2, under a soft cap.
 QUIRE_INLINE F capped(F x, float scale, float softcap) {

@@ -8,6 +8,8 @@
 namespace quire::QUIRE_ISA {
 
 void attend(const AttentionArgs&);
+void choose(const ChooseArgs&);
+bool attend_chosen(const FetchArgs&);
 void attend_packed(const PackedArgs&);
 void rotate_append(const RotateArgs&);
 void rms_norm(const NormArgs&);
@@ -20,7 +22,7 @@ void sample(const SampleArgs&);
 void mask(const MaskArgs&);
 
 extern const Kernels kernels;
-const Kernels kernels = {QUIRE_NAME(QUIRE_ISA), attend, attend_packed, rotate_append, rms_norm, gate, dense,
-                         int8, grouped, argmax, sample, mask};
+const Kernels kernels = {QUIRE_NAME(QUIRE_ISA), attend, choose, attend_chosen, attend_packed, rotate_append,
+                         rms_norm, gate, dense, int8, grouped, argmax, sample, mask};
 
 }  // namespace quire::QUIRE_ISA

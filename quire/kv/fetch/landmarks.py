@@ -9,6 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from quire.kernels import native
+from quire.kernels.native import PAGE
 from quire.kv.method import Entries, Facts, Index, Reader
 from quire.kv.tree import Tokens
 
@@ -33,48 +35,73 @@ class Landmarks:
         chunks = entries // self.chunk - self.local
         if chunks * self.chunk <= self.budget + self.outliers * self.chunk:
             return None
-        means, fixed = [], []
+        means, skipped, always = [], [], []
+        inside = torch.arange(self.chunk)
+        local = torch.arange(chunks * self.chunk, entries).expand(facts.kv_heads, -1)
         for layer in range(facts.layers):
             keys = layers(layer).keys[:, : chunks * self.chunk].float()
             parts = keys.unflatten(1, (chunks, self.chunk))
             mean = parts.mean(2)
             alike = torch.cosine_similarity(parts, mean[:, :, None], dim=-1).amin(-1)
             odd = alike.topk(self.outliers, dim=-1, largest=False).indices  # [kv_heads, outliers]
-            mean.scatter_(1, odd[..., None].expand(-1, -1, mean.shape[-1]), torch.nan)
-            means.append(mean.to(facts.dtype))
-            fixed.append(odd)
-        return Chunks(self, facts, tuple(means), tuple(fixed), entries)
+            means.append(_tiled(mean.to(facts.dtype)))
+            skipped.append(torch.zeros(alike.shape, dtype=torch.bool).scatter_(1, odd, True))
+            places = (odd[..., None] * self.chunk + inside).flatten(1)
+            always.append(torch.cat([places, local], dim=1))
+        return Chunks(self, facts, tuple(means), tuple(skipped), tuple(always))
+
+
+def _tiled(means: Tensor) -> Tensor:
+    """``[kv_heads, chunks, head_dim]`` in tiles, as `native.choose_chunks` takes them."""
+    pack = 4 // means.itemsize
+    heads, chunks, dim = means.shape
+    padded = torch.nn.functional.pad(means, (0, 0, 0, -chunks % PAGE))
+    return padded.view(heads, -1, PAGE, dim // pack, pack).transpose(2, 3).contiguous()
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """The landmarks of one segment: ``means`` ``[kv_heads, chunks, head_dim]`` a layer.
+    """The landmarks of one segment. Lists have one tensor a layer.
 
-    Outliers' means are NaN; ``fixed`` int64 ``[kv_heads, outliers]`` has their numbers.
+    ``means``: tiles ``[kv_heads, chunks / 16, head_dim / p, 16, p]``; ``skipped`` bool ``[kv_heads,
+    chunks]``: outliers; ``always`` int64 ``[kv_heads, n]``: entries that every query reads.
     """
 
     method: Landmarks
     facts: Facts
     means: tuple[Tensor, ...]
-    fixed: tuple[Tensor, ...]
-    entries: int
+    skipped: tuple[Tensor, ...]
+    always: tuple[Tensor, ...]
 
     @property
     def nbytes(self) -> int:
         """Bytes held in RAM."""
-        return sum(x.nbytes for x in (*self.means, *self.fixed))
+        return sum(x.nbytes for x in (*self.means, *self.skipped, *self.always))
 
     def choose(
         self, layer: int, q: Tensor, readers: Sequence[Reader]
     ) -> tuple[Tensor, Tensor | None]:
         """See `Index.choose`."""
-        method, mean = self.method, self.means[layer]
+        count, run = self.method.budget // self.method.chunk, self.method.chunk
+        always = self.always[layer]
+        places = always.new_empty(len(q), len(always), count * run + always.shape[1])
+        places[..., count * run :] = always
+        if native.fits(q) and native.fits(self.means[layer]):
+            scale = self.facts.scale
+            native.choose_chunks(
+                q, self.means[layer], self.skipped[layer], scale, count, run, places
+            )
+        else:
+            best = self.best(layer, q, count)
+            found = best[..., None] * run + torch.arange(run)
+            places[..., : count * run] = found.flatten(-2)
+        return places, None
+
+    def best(self, layer: int, q: Tensor, count: int) -> Tensor:
+        """The chunks with the largest shares, int64 ``[rows, kv_heads, count]``, ascending."""
+        tiles, skipped = self.means[layer], self.skipped[layer]
+        mean = tiles.transpose(2, 3).flatten(3).flatten(1, 2)[:, : skipped.shape[1]].float()
         rows = q.float().unflatten(1, (len(mean), -1))  # [rows, kv_heads, group, head_dim]
-        scores = torch.einsum("rhgd,hcd->rhgc", rows, mean.float()) * self.facts.scale
-        scores = scores.nan_to_num(nan=-torch.inf).softmax(-1).amax(2)  # [rows, kv_heads, chunks]
-        best = scores.topk(method.budget // method.chunk, dim=-1).indices
-        chunks = torch.cat([best, self.fixed[layer].expand(len(q), -1, -1)], dim=-1)
-        inside = torch.arange(method.chunk)
-        places = (chunks[..., None] * method.chunk + inside).flatten(-2)
-        local = torch.arange(mean.shape[1] * method.chunk, self.entries)
-        return torch.cat([places, local.expand(*places.shape[:2], -1)], dim=-1), None
+        scores = torch.einsum("rhgd,hcd->rhgc", rows, mean) * self.facts.scale
+        shares = scores.masked_fill(skipped[:, None], -torch.inf).softmax(-1)
+        return shares.amax(2).topk(count, dim=-1).indices.sort(dim=-1).values

@@ -16,8 +16,8 @@ class Kivi:
     """Keys rounded channel by channel, values token by token, to ``bits`` in groups of ``group``.
 
     Keys have their outliers in fixed channels, so their groups lie along tokens; values have none,
-    and theirs lie along channels. The newest ``residual`` tokens stay as they are until as many more
-    have come (KIVI packs keys all ``residual`` at once, and values one by one; here both go
+    and theirs lie along channels. The newest ``residual`` tokens stay as they are until as many
+    more have come (KIVI packs keys all ``residual`` at once, and values one by one; here both go
     together).
     """
 

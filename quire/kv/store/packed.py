@@ -1,8 +1,9 @@
 """Entries rounded to few bits: the one representation of all stores that round.
 
-A number is ``code * scale + low``, with a scale and an offset for each group of neighbours along
-tokens or along channels. Codes lie in cells of 16 tokens by 16 channels, as the native kernels
-multiply them (`quire/attention/packed.py`); `Packed.read` defines what they compute.
+A number is ``(code - 2^(bits - 1)) * scale + middle``, with a scale and a middle for each group of
+neighbours along tokens or along channels. Codes lie in cells of 16 tokens by 16 channels, as the
+native kernels multiply them (`quire/attention/packed.py`); `Packed.read` defines what those
+compute.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Format:
 
     ``along_tokens``: groups are of one channel's tokens, else of one token's channels. ``scales``:
     their dtype, float32, bfloat16, or uint8 for powers of two (block floating point). ``centred``:
-    no offsets; the code ``2^(bits - 1)`` is 0.
+    no middles; they are 0.
     """
 
     bits: int
@@ -45,12 +46,17 @@ class Format:
         return int(2**self.bits - 1)
 
     @property
+    def half(self) -> int:
+        """The code that stands for the middle."""
+        return int(2 ** (self.bits - 1))
+
+    @property
     def block(self) -> int:
         """Tokens that whole cells and groups have."""
         return math.lcm(PAGE, self.group) if self.along_tokens else PAGE
 
     def fit(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scales and offsets with which ``x`` ``[kv_heads, n, head_dim]`` just fits in the codes.
+        """Scales and middles with which ``x`` ``[kv_heads, n, head_dim]`` just fits in the codes.
 
         ``[kv_heads, n / group, head_dim]`` or ``[kv_heads, n, head_dim / group]``.
         """
@@ -58,35 +64,30 @@ class Format:
         axis = self._axis + 1
         if not self.centred:
             low, high = parts.amin(axis), parts.amax(axis)
-            if self.scales == torch.uint8:
-                raise ValueError("Scales that are powers of two have no offsets: centred=True.")
-            return ((high - low) / self.levels).to(self.scales), low.to(self.scales)
+            scale = ((high - low) / self.levels).to(self.scales)
+            return scale, (low + self.half * self.wide(scale)).to(self.scales)
         most = parts.abs().amax(axis)
         if self.scales != torch.uint8:
-            return (most / (self.levels // 2)).to(self.scales), None
+            return (most / (self.half - 1)).to(self.scales), None
         # The largest number's leading bit is the mantissa's.
         exponent = torch.frexp(most).exponent - 1 - (self.bits - 2)
         return (exponent + 127).clamp(1, 254).masked_fill(most == 0, 0).to(torch.uint8), None
 
-    def encode(self, x: Tensor, scale: Tensor, low: Tensor | None) -> Tensor:
-        """Codes uint8 of ``x``, of its shape; ``scale`` and ``low`` as `fit` gives them."""
+    def encode(self, x: Tensor, scale: Tensor, middle: Tensor | None) -> Tensor:
+        """Codes uint8 of ``x``, of its shape; ``scale`` and ``middle`` as `fit` gives them."""
         axis = self._axis + 1
         step = self.wide(scale).clamp(min=2.0**-126).unsqueeze(axis)
         parts = self._groups(x.float())
-        if low is None:
-            half = 2 ** (self.bits - 1)
-            codes = (parts / step).round() + half
-            least = 1 if self.bits > 1 else 0
-        else:
-            codes = ((parts - low.float().unsqueeze(axis)) / step).round()
-            least = 0
+        if middle is not None:
+            parts = parts - middle.float().unsqueeze(axis)
+        codes = (parts / step).round() + self.half
+        least = 1 if middle is None else 0  # as many below 0 as above
         return codes.clamp(least, self.levels).flatten(axis - 1, axis).to(torch.uint8)
 
-    def decode(self, codes: Tensor, scale: Tensor, low: Tensor | None) -> Tensor:
-        """Numbers float32 from codes whose groups ``scale`` and ``low`` already match."""
-        if low is None:
-            return (codes.float() - 2 ** (self.bits - 1)) * self.wide(scale)
-        return codes * self.wide(scale) + low.float()
+    def decode(self, codes: Tensor, scale: Tensor, middle: Tensor | None) -> Tensor:
+        """Numbers float32 from codes whose scales and middles are already of their shape."""
+        numbers = (codes.float() - self.half) * self.wide(scale)
+        return numbers if middle is None else numbers + middle.float()
 
     def wide(self, scale: Tensor) -> Tensor:
         """Scales as float32."""
@@ -99,23 +100,24 @@ class Format:
         return 1 if self.along_tokens else 2
 
     def _groups(self, x: Tensor) -> Tensor:
-        return x.unflatten(self._axis, (-1, self.group))
+        groups: Tensor = x.unflatten(self._axis, (-1, self.group))
+        return groups
 
 
 @dataclass(frozen=True)
 class Codes:
     """The keys or the ``values`` of one layer: ``tokens`` of them, ``dim`` wide, for each KV head.
 
-    ``codes`` uint8 ``[kv_heads, pages, dim / 16, bits / 2, 16, 4]``: cells of 16 columns, the tokens
-    of keys and the channels of values, with 16 numbers each, in ``bits / 2`` rows. Byte i of column
-    c in row h holds numbers ``4 s + i`` of the column for 8 / bits steps s from ``8 h / bits`` on,
-    the first in the low bits. ``scale`` and ``low`` are ``[kv_heads, 16 pages / group, dim]`` where
-    groups lie along tokens, else ``[kv_heads, dim / group, 16 pages]``.
+    ``codes`` uint8 ``[kv_heads, pages, dim / 16, bits / 2, 16, 4]``: cells of 16 columns, tokens of
+    keys or channels of values, with 16 numbers each, in ``bits / 2`` rows. Byte i of column c in
+    row h holds the numbers ``4 s + i`` of the column for the 8 / bits steps s from ``8 h / bits``
+    on, the first in the low bits. ``scale`` and ``middle``: ``[kv_heads, 16 pages / group, dim]``
+    where groups lie along tokens, else ``[kv_heads, dim / group, 16 pages]``.
     """
 
     codes: Tensor
     scale: Tensor
-    low: Tensor | None
+    middle: Tensor | None
     form: Format
     tokens: int
     dim: int
@@ -123,8 +125,8 @@ class Codes:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, scales and offsets."""
-        return sum(x.nbytes for x in (self.codes, self.scale, self.low) if x is not None)
+        """Bytes of codes, scales and middles."""
+        return sum(x.nbytes for x in (self.codes, self.scale, self.middle) if x is not None)
 
     @property
     def pages(self) -> int:
@@ -136,13 +138,12 @@ class Codes:
         """Round ``x`` ``[kv_heads, n, dim]``; n is made a multiple of ``block`` with the last."""
         missing = -x.shape[1] % block
         wide = torch.cat([x, x[:, -1:].expand(-1, missing, -1)], dim=1) if missing else x
-        scale, low = form.fit(wide)
-        codes = _cells(form.encode(wide, scale, low), form.bits, values)
+        scale, middle = form.fit(wide)
+        codes = _cells(form.encode(wide, scale, middle), form.bits, values)
         if not form.along_tokens:
-            scale, low = (None if s is None else s.transpose(1, 2) for s in (scale, low))
-        assert scale is not None
-        low = None if low is None else low.contiguous()
-        return cls(codes, scale.contiguous(), low, form, x.shape[1], x.shape[2], values)
+            scale = scale.transpose(1, 2).contiguous()
+            middle = None if middle is None else middle.transpose(1, 2).contiguous()
+        return cls(codes, scale, middle, form, x.shape[1], x.shape[2], values)
 
     def read(self, index: Tensor | None = None) -> Tensor:
         """The numbers again, float32: all, or those of ``index``; see `Stored.read`."""
@@ -161,28 +162,24 @@ class Codes:
             shift = torch.arange(0, 8, self.form.bits, dtype=torch.uint8, device=found.device)
             codes = (found[..., None, :] >> shift[:, None] & mask).flatten(-4)
         codes = codes[..., : self.dim]
-        return self.form.decode(codes, *(self._spread(s, heads, index) for s in self._numbers()))
+        middle = None if self.middle is None else self._spread(self.middle, heads, index)
+        return self.form.decode(codes, self._spread(self.scale, heads, index), middle)
 
-    def _numbers(self) -> tuple[Tensor, Tensor | None]:
-        return self.scale, self.low
-
-    def _spread(self, numbers: Tensor | None, heads: Tensor, index: Tensor) -> Tensor | None:
-        """Scales or offsets for every channel of the entries ``index``."""
-        if numbers is None:
-            return None
+    def _spread(self, numbers: Tensor, heads: Tensor, index: Tensor) -> Tensor:
+        """Scales or middles for every channel of the entries ``index``."""
         if self.form.along_tokens:
             return numbers[heads, index // self.form.group]
         return numbers[heads, :, index].repeat_interleave(self.form.group, -1)
 
     def address(self) -> list[int]:
         """What the kernels must know: see ``CodedSide`` in kernels.h."""
-        low = 0 if self.low is None else self.low.data_ptr()
+        middle = 0 if self.middle is None else self.middle.data_ptr()
         form = self.form
         return [
             self.pages,
             self.codes.data_ptr(),
             self.scale.data_ptr(),
-            low,
+            middle,
             form.bits,
             form.group,
             int(form.along_tokens),
@@ -203,7 +200,7 @@ def _cells(codes: Tensor, bits: int, values: bool) -> Tensor:
     if values:
         cells = cells.transpose(3, 4)  # [kv_heads, pages, dim / 16, columns, inner]
     parts = cells.unflatten(-1, (bits // 2, 8 // bits, STEPS))
-    packed = parts[..., 0, :].clone()
+    packed: Tensor = parts[..., 0, :].clone()
     for place in range(1, 8 // bits):
         packed |= parts[..., place, :] << (place * bits)
     return packed.transpose(-2, -3).contiguous()  # rows before columns
@@ -247,8 +244,9 @@ class Packed:
     @property
     def nbytes(self) -> int:
         """Bytes held in RAM."""
-        held = sum(codes.nbytes for codes in (*self.keys, *self.values))
-        return held + (0 if isinstance(self.positions, int) else sum(p.nbytes for p in self.positions))
+        positions = () if isinstance(self.positions, int) else self.positions
+        codes = sum(codes.nbytes for codes in (*self.keys, *self.values))
+        return codes + sum(p.nbytes for p in positions)
 
     def read(self, layer: int, index: Tensor | None = None) -> Entries:
         """See `Stored.read`."""

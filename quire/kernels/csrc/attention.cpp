@@ -67,8 +67,11 @@ template <class E> struct Rows {
             }
             most = max(most, x);
         }
-        return std::max(max_lane(most) * unit(), NOTHING);
+        return bounded(most);
     }
+
+    // The largest lane of a row's largest scores, in units of log2.
+    float bounded(F most) const { return std::max(max_lane(most) * unit(), NOTHING); }
 
     // What a stored score is multiplied with to be in units of log2.
     float unit() const { return softcap > 0 ? 1 : scale * LOG2E; }
@@ -365,6 +368,8 @@ template <class E> struct ChosenTask : Rows<E> {
     using Rows<E>::rows;
     using Rows<E>::dim;
     using Rows<E>::dim_units;
+    using Rows<E>::scale;
+    using Rows<E>::softcap;
     using Rows<E>::work;
 
     const FetchArgs& args;
@@ -401,11 +406,14 @@ template <class E> struct ChosenTask : Rows<E> {
             count / 2, 1, dim_units, PAGE, false);
         for (int64_t r = 0; r < rows; ++r) {
             float* s = work.scores.data() + r * BLOCK;
-            for (int64_t tile = 0; tile < count / 2; ++tile) {
+            F most = splat(-INFINITY);
+            for (int64_t tile = 0; tile < count / 2; ++tile, s += WIDTH) {
                 const uint32_t seen = masks[2 * tile] | uint32_t(masks[2 * tile + 1]) << HALF;
-                if (seen != 0xffff) hide_unseen(s + tile * WIDTH, seen);
+                if (softcap > 0) store(s, capped(load(s), scale, softcap));
+                if (seen != 0xffff) hide_unseen(s, seen);
+                most = max(most, load(s));
             }
-            work.best[r] = this->largest(s, count * HALF, 0, count * HALF);
+            work.best[r] = this->bounded(most);
         }
         this->weigh_all(count * HALF);
         const auto* values = static_cast<const uint32_t*>(args.values) + head * PAGE * dim_units;

@@ -2,6 +2,7 @@
 // head, the largest share that any head of a KV head's group gives, and the chunks that have most.
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <vector>
 
@@ -54,8 +55,8 @@ template <class E> void choose_one(const ChooseArgs& args, int64_t row, int64_t 
             store(&work.best[c], max(load(&work.best[c]), load(s + c) - shift));
     }
     // All above the count-th largest, and as many of its equals as fit, in the order of their chunks.
-    for (float& x : work.best)
-        if (!(x >= -INFINITY)) x = -INFINITY;  // NaN has no order
+    for (int64_t c = 0; c < args.chunks; ++c)
+        if (!skipped[c] && !(work.best[c] >= -FLT_MAX)) work.best[c] = -FLT_MAX;  // NaN has no order
     work.sorted.assign(work.best.begin(), work.best.begin() + args.chunks);
     const auto least = work.sorted.begin() + args.count - 1;
     std::nth_element(work.sorted.begin(), least, work.sorted.end(), std::greater<float>());

@@ -60,6 +60,8 @@ class Format:
 
         ``[kv_heads, n / group, head_dim]`` or ``[kv_heads, n, head_dim / group]``.
         """
+        if self.scales == torch.uint8 and not self.centred:
+            raise ValueError("Scales that are powers of two are for centred formats.")
         parts = self._groups(x.float())
         axis = self._axis + 1
         if not self.centred:

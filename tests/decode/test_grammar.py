@@ -129,8 +129,9 @@ def test_bytes_of_every_token(name: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=100, deadline=None)
-@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=20))
+@given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=20))
 def test_bytes_of_texts(name: str, folder: Path, text: str) -> None:
+    """But for SentencePiece's sign for a space, which such tokenizers read as one."""
     tokenizer = load(name, folder)
     library = _library(name, folder)
     ids = tokenizer.encode("x=" + text, special=False)

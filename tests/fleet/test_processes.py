@@ -85,7 +85,8 @@ def test_killing_workers_changes_nothing(tiny: Path) -> None:
                 os.kill(rng.choice(pids(fleet)), signal.SIGKILL)
                 killed += 1
     assert tokens(found) == expected
-    assert len(words) == killed == 2
+    assert killed == 2
+    assert 1 <= len(words) <= killed  # the second may have met a process that was dead already
     assert "killed by SIGKILL. It is started again." in words[0]
 
 

@@ -108,13 +108,13 @@ def nested(depth: int, kind: str) -> Any:
     return value
 
 
-def places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """All (container, key) pairs of a nested value."""
+def places(value: Any, depth: int = 20) -> Iterator[tuple[Any, Any]]:
+    """All (container, key) pairs of a nested value, but for those deeper than ``depth``."""
     keys = list(value) if isinstance(value, dict) else range(len(value))
     for key in keys:
         yield value, key
-        if isinstance(value[key], (dict, list)):
-            yield from places(value[key])
+        if depth and isinstance(value[key], (dict, list)):
+            yield from places(value[key], depth - 1)
 
 
 def swapped(rng: random.Random, line: dict[str, Any]) -> bytes:

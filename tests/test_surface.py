@@ -15,7 +15,7 @@ from quire.decode.params import SamplingParams
 FLAGS = {
     "run": {
         "source", "--output", "--model", "--dtype", "--weights", "--threads", "--memory",
-        "--kv-memory", "--kv",
+        "--kv-memory", "--kv", "--kv-dir", "--kv-disk",
         "--policy", "--chunk", "--window", "--context", "--device", "--template", "--order",
         "--on-overlong", "--limit", "--max-tokens", "--temperature", "--top-p", "--top-k",
         "--min-p", "--stop", "--seed", "--dry-run", "--stats", "--journal", "--fresh", "--dedupe",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,13 +16,14 @@ from quire.api.prepare import OVERLONG, Overlong, Prepared, Preparer, Windows
 from quire.api.setup import DTYPES, Prompt, Setup
 from quire.decode.grammar import Grammars
 from quire.decode.params import SamplingParams
-from quire.engine.budget import Budget
+from quire.engine.budget import Budget, parse_bytes
 from quire.engine.engine import Engine
 from quire.engine.watchdog import Watchdog
 from quire.errors import EngineStallError, InvalidRequestError, QuireError
 from quire.kernels import native
 from quire.kv.method import Recipe
 from quire.kv.recipes import parse as parse_recipe
+from quire.kv.tiers.prefixes import PrefixFiles
 from quire.models.loader import load_model
 from quire.schedule.groups import Group, largest_groups
 from quire.schedule.policies import POLICIES
@@ -40,9 +42,10 @@ class LLM:
     ``weights``: ``"int8"`` or ``"int4"`` quantises them on load (`quire.weights.quantise.parse` has
     all forms). ``deterministic``: a request's tokens do not depend on what it is batched with.
     ``kv``: a recipe of KV methods, such as ``"snapkv(budget=1024)+kivi(bits=2)"`` (docs/kv.md).
-    ``plain`` uses PyTorch alone and the reference attention, for the whole process until the next
-    LLM is made. ``stall_seconds``: a step longer than that is a fault. ``on_budget`` receives
-    the shares of memory before weights are loaded.
+    ``kv_dir``: folder in which the KV of prompts is kept and found, by later runs too; ``kv_disk``
+    limits its size. ``plain`` uses PyTorch alone and the reference attention, for the whole
+    process until the next LLM is made. ``stall_seconds``: a step longer than that is a fault.
+    ``on_budget`` receives the shares of memory before weights are loaded.
 
     Raises ModelError, MemoryBudgetError or InvalidRequestError (a bad option).
     """
@@ -56,6 +59,8 @@ class LLM:
         kv: str | Recipe = "none",
         memory: str | int | None = None,
         kv_memory: str | int | None = None,
+        kv_dir: str | Path | None = None,
+        kv_disk: str | int = "16GiB",
         policy: str = "batch",
         threads: int | None = None,
         chunk: int = 512,
@@ -104,6 +109,12 @@ class LLM:
             self.tokenizer.eos_ids,
             torch.get_num_threads(),
         )
+        self._files: PrefixFiles | None = None
+        if kv_dir is not None:
+            how = (self.setup.dtype, weights, self.setup.spec.context, replace(recipe, name=""))
+            self._files = self.setup.prefix_files(
+                Path(kv_dir), parse_bytes(kv_disk), str((*how, deterministic, plain))
+            )
         self._preparer = Preparer(self.setup, self.grammars, seed, on_overlong)
         self._engine: Engine | None = Engine(
             load_model(
@@ -123,6 +134,7 @@ class LLM:
             plain=plain,
             deterministic=deterministic,
             recipe=recipe,
+            files=self._files,
         )
 
     def __enter__(self) -> LLM:
@@ -139,6 +151,8 @@ class LLM:
     def close(self) -> None:
         """Give the memory of weights and KV back. Nothing can be generated afterwards."""
         self._engine = None
+        if self._files is not None:
+            self._files.close()
         gc.collect()
 
     @property
@@ -161,6 +175,7 @@ class LLM:
             prompt_tokens=counters.prompt_asked,
             computed_tokens=counters.prompt_computed,
             recomputed_tokens=counters.recomputed,
+            loaded_tokens=counters.prompt_loaded,
             decode_tokens=counters.output_computed,
             output_tokens=counters.output,
             preemptions=counters.preemptions,

@@ -64,9 +64,10 @@ class Stats:
 
     ``prompt_tokens`` counts the prompt of every sample that has an output, as if nothing were
     shared; ``computed_tokens`` is what was computed of prompts, ``recomputed_tokens`` the part
-    computed again after preemption; ``decode_tokens`` is what was computed of outputs.
-    ``plan_seconds`` is the planner's and scheduler's share, ``step_seconds`` the steps' without
-    the planning of windows. ``kv_bytes`` is the size of the KV pool.
+    computed again after preemption, ``loaded_tokens`` what was read from files instead;
+    ``decode_tokens`` is what was computed of outputs. ``plan_seconds`` is the planner's and
+    scheduler's share, ``step_seconds`` the steps' without the planning of windows. ``kv_bytes`` is
+    the size of the KV pool.
     """
 
     steps: int = 0
@@ -75,6 +76,7 @@ class Stats:
     prompt_tokens: int = 0
     computed_tokens: int = 0
     recomputed_tokens: int = 0
+    loaded_tokens: int = 0
     decode_tokens: int = 0
     output_tokens: int = 0
     preemptions: int = 0
@@ -89,7 +91,7 @@ class Stats:
     @property
     def saved_tokens(self) -> int:
         """Prompt tokens that sharing saved."""
-        return max(0, self.prompt_tokens - self.computed_tokens)
+        return max(0, self.prompt_tokens - self.computed_tokens - self.loaded_tokens)
 
     @property
     def saved_share(self) -> float:

@@ -14,6 +14,8 @@ from quire.engine.budget import Budget, make_budget, parse_bytes
 from quire.engine.limits import Limits
 from quire.errors import InvalidRequestError, shown
 from quire.kv.arena import token_bytes
+from quire.kv.tiers.prefixes import Layout, PrefixFiles
+from quire.models.digest import digest, model_digest
 from quire.models.loader import load_spec, stored_dtype, weight_bytes
 from quire.models.spec import ModelSpec
 from quire.models.tokenizer import Tokenizer
@@ -77,6 +79,16 @@ class Setup:
         )
         limits = Limits.make(spec.context, budget.kv, kv_token)
         return cls(folder, spec, held, asked, budget, limits, Tokenizer.load(folder))
+
+    def prefix_files(self, folder: Path, limit: int, how: str) -> PrefixFiles:
+        """The KV that was kept in ``folder``, at most ``limit`` bytes, and will be.
+
+        ``how``: what else the KV depends on than the checkpoint. Raises InvalidRequestError.
+        """
+        spec = self.spec
+        layout = Layout(len(spec.layers), spec.kv_heads, spec.head_dim, self.dtype)
+        key = digest([model_digest(self.folder).encode(), how.encode()])
+        return PrefixFiles(folder.expanduser(), key, layout, limit)
 
     def encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """Text (None where there is none) and token ids of a prompt, at least one.

@@ -128,6 +128,10 @@ def run(
         typer.Option(help="Limit for everything, such as 6GiB. Default: 85% of what is free."),
     ] = None,
     kv_memory: Annotated[str | None, typer.Option(help="Limit for the KV cache alone.")] = None,
+    kv_dir: Annotated[
+        Path | None, typer.Option(help="Folder that keeps the KV of prompts, for later runs too.")
+    ] = None,
+    kv_disk: Annotated[str, typer.Option(help="Limit for the size of --kv-dir.")] = "16GiB",
     kv: Annotated[
         str, typer.Option(help='KV methods, such as "snapkv(budget=1024)+kivi(bits=4)".')
     ] = "none",
@@ -288,6 +292,8 @@ def run(
                     model=model,
                     **options,
                     kv=kv,
+                    kv_dir=None if kv_dir is None else str(kv_dir),
+                    kv_disk=kv_disk,
                     policy=policy.value,
                     threads=threads,
                     window=window,

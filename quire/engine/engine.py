@@ -18,6 +18,7 @@ from quire.decode.stopping import StopStrings, finish_reason
 from quire.engine.facts import make_facts
 from quire.engine.keeper import Keeper
 from quire.engine.limits import PAGE_TOKENS, Limits
+from quire.engine.prefixes import Prefixes
 from quire.engine.request import EngineRequest, EngineResult, SampleResult
 from quire.engine.runner import Runner
 from quire.engine.shorten import Shortener
@@ -26,6 +27,7 @@ from quire.errors import EngineStallError, InvalidRequestError
 from quire.kv.arena import Arena, TiledArena, token_bytes
 from quire.kv.method import Recipe, Shorten
 from quire.kv.recipes import check
+from quire.kv.tiers.prefixes import PrefixFiles
 from quire.models.decoder import Decoder
 from quire.models.tokenizer import Detokenizer, Tokenizer
 from quire.schedule.state import Policy
@@ -69,7 +71,7 @@ class Engine:
 
     ``kv_bytes`` bounds the KV; ``chunk`` the tokens of a step. ``tokenizer`` may be None when no
     text is wanted (no stop strings then), ``grammars`` when no request has a structure.
-    ``recipe``: the KV methods; None: exact KV.
+    ``recipe``: the KV methods; None: exact KV. ``files``: where prompts' KV is kept and found.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Engine:
         plain: bool = False,
         deterministic: bool = False,
         recipe: Recipe | None = None,
+        files: PrefixFiles | None = None,
     ) -> None:
         spec = model.spec
         layers = len(spec.layers)
@@ -109,6 +112,18 @@ class Engine:
             self.keeper = Keeper(recipe, facts, arena, self.world, self.limits.page_bytes)
             if recipe.select is not None:
                 self.world.state.stride = recipe.select.every
+        self.prefixes: Prefixes | None = None
+        if files is not None:
+            select = recipe.select if recipe is not None else None
+            if select is not None and select.mass:
+                raise InvalidRequestError(
+                    "A KV method that looks at the attention of the whole prompt cannot go without "
+                    "computing it.",
+                    field="kv_dir",
+                    action="Leave --kv-dir away, or take a method that looks at the last queries.",
+                )
+            tail = select.window if select is not None else 0
+            self.prefixes = Prefixes(files, arena, self.world, tail)
         self.runner = Runner(model, arena, plain, deterministic, self.keeper)
         self.tokenizer = tokenizer
         self.eos_ids = eos_ids
@@ -193,15 +208,19 @@ class Engine:
         """
         started = time.perf_counter()
         plan = self.world.plan()
-        works = self.world.apply(plan)
+        works = left = self.world.apply(plan)
+        if self.prefixes is not None:
+            left = self.prefixes.load(works, self._scored)
         self.times.plan += time.perf_counter() - started
         started = time.perf_counter()
         self._start_masks()
-        hidden = self.runner.forward(works) if works else None
+        hidden = self.runner.forward(left) if left else None
         self.times.model += time.perf_counter() - started
         started, head = time.perf_counter(), self.runner.head_seconds
         with torch.inference_mode():
-            ready, rows = self._caught_up(works, hidden)
+            ready, rows = self._caught_up(left, hidden)
+        if self.prefixes is not None:
+            self.prefixes.keep(left)
         if self.keeper is not None:
             self.keeper.after(works)
         finished = self._sample(ready, rows)
@@ -211,6 +230,10 @@ class Engine:
         if self._pending and finished is None and not plan.changes:
             raise EngineStallError(f"The engine can make no progress.\n{self.describe()}")
         return finished or []
+
+    def _scored(self, seq: Seq) -> bool:
+        """Whether log-probabilities of the whole prompt are wanted."""
+        return self._pending[seq.request].request.params.prompt_logprobs is not None
 
     def _caught_up(
         self, works: Sequence[Work], hidden: Tensor | None

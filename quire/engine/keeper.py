@@ -251,9 +251,9 @@ class Keeper:
         needed = len(seq.prompt) if select.mass else min(select.window, len(seq.prompt))
         rows = tokens = 0
         for segment, _ in reversed(_segments(seq.leaf.path())):
+            rows += self.notes(segment).rows
             if rows >= needed:
                 break
-            rows += self.notes(segment).rows
             tokens += segment.length
             if rows < tokens:
                 return False

@@ -37,6 +37,7 @@ class Counters:
 
     prompt_asked: int = 0  # prompt tokens of sequences with an output, as if nothing were shared
     prompt_computed: int = 0  # prompt tokens computed, recomputation included
+    prompt_loaded: int = 0  # prompt tokens whose KV was read from files instead
     output_computed: int = 0  # output tokens computed, recomputation included
     recomputed: int = 0  # tokens computed again after preemption or eviction
     output: int = 0

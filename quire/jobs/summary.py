@@ -36,6 +36,7 @@ class Summary:
     prompt_tokens: int
     computed_tokens: int
     recomputed_tokens: int
+    loaded_tokens: int
     saved_tokens: int
     output_tokens: int
     tokens_per_second: float
@@ -74,6 +75,7 @@ class Summary:
         return "\n".join([head, *(f"  {name:<14}{text}" for name, text in rows)])
 
     def _work(self) -> list[tuple[str, str]]:
+        loaded = f"{self.loaded_tokens:,} loaded, " if self.loaded_tokens else ""
         saved = 100 * self.saved_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
         share = 100 * self.plan_seconds / self.seconds if self.seconds else 0.0
         rows = [
@@ -85,7 +87,7 @@ class Summary:
             (
                 "prompt tokens",
                 f"{self.prompt_tokens:,} asked, {self.computed_tokens:,} computed, "
-                f"{self.saved_tokens:,} saved by sharing ({saved:.1f}%)",
+                f"{loaded}{self.saved_tokens:,} saved by sharing ({saved:.1f}%)",
             ),
             ("output tokens", f"{self.output_tokens:,}"),
             (

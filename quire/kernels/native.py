@@ -227,6 +227,29 @@ def make_plan(*arguments: object) -> object:
     return _native().make_plan(*arguments)
 
 
+def read_slots(keys: Tensor, values: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[kv_heads, n, head_dim]`` in ``slots`` int64 ``[n]``.
+
+    ``keys``, ``values``: one layer of a `TiledArena`.
+    """
+    _, kv_heads, steps, _, pack = keys.shape
+    assert slots.is_contiguous()
+    assert not len(slots) or int(slots.max()) < len(keys) * PAGE
+    k, v = keys.new_empty(2, kv_heads, len(slots), steps * pack)
+    _native().read_slots(
+        keys.data_ptr(),
+        values.data_ptr(),
+        slots.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        len(slots),
+        kv_heads,
+        steps * pack,
+        _is_bf16(keys),
+    )
+    return k, v
+
+
 def choose_chunks(
     q: Tensor,
     means: Tensor,

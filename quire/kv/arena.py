@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quire.kernels import native
 from quire.kernels.native import PAGE
 
 
@@ -105,12 +106,19 @@ class TiledArena:
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store ``k``, ``v`` ``[tokens, kv_heads, head_dim]`` at ``slots`` int64 ``[tokens]``."""
+        if native.fits(self.keys):
+            k, v = k.contiguous(), v.contiguous()
+            keys, values = self.keys[layer], self.values[layer]
+            native.rotate_append(k[:, :0], k, v, None, slots, keys, values)
+            return
         page, place, pack = slots // PAGE, slots % PAGE, self.keys.shape[-1]
         self.keys[layer][page, :, :, place] = k.reshape(*k.shape[:2], -1, pack)
         self.values[layer][page, :, place // pack, :, place % pack] = v
 
     def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of ``slots`` int64 ``[n]``: each ``[kv_heads, n, head_dim]``."""
+        if native.fits(self.keys):
+            return native.read_slots(self.keys[layer], self.values[layer], slots.contiguous())
         page, place, pack = slots // PAGE, slots % PAGE, self.keys.shape[-1]
         keys = self.keys[layer][page, :, :, place].flatten(2)  # [n, kv_heads, head_dim]
         values = self.values[layer][page, :, place // pack, :, place % pack]

@@ -21,6 +21,7 @@ from quire.engine.limits import PAGE_TOKENS
 from quire.engine.request import EngineRequest, EngineResult
 from quire.errors import EngineStallError, PromptTooLongError
 from quire.kv.method import Recipe
+from quire.kv.tiers.prefixes import PrefixFiles
 from quire.schedule.policies import POLICIES
 from quire.schedule.state import Policy
 from toy import ByteTokenizer, MockModel, spec
@@ -43,6 +44,7 @@ def run(
     windows: int | None = None,
     model: MockModel | None = None,
     recipe: Recipe | None = None,
+    files: PrefixFiles | None = None,
 ) -> tuple[dict[int, EngineResult], Engine]:
     """Run to the end, checking the pool after every step. ``windows``: requests added at first."""
     engine = Engine(
@@ -54,6 +56,7 @@ def run(
         eos_ids=(0,),
         plain=plain,
         recipe=recipe,
+        files=files,
     )
     later = [] if windows is None else requests[windows:]
     engine.add(requests[:windows])

@@ -143,6 +143,15 @@ struct RotateArgs {
     bool bf16;
 };
 
+// Copies what is in slots of the arena.
+struct ReadArgs {
+    const void *keys, *values;  // as in AttentionArgs
+    const int64_t* slots;       // [tokens]
+    void *k, *v;                // [kv_heads, tokens, head_dim]
+    int64_t tokens, kv_heads, head_dim;
+    bool bf16;
+};
+
 struct NormArgs {
     const void* x;  // [rows, width]
     void* out;      // [rows, width]
@@ -202,6 +211,7 @@ struct Kernels {
     bool (*attend_chosen)(const FetchArgs&);  // false: an entry is not in its segment
     void (*attend_packed)(const PackedArgs&);
     void (*rotate_append)(const RotateArgs&);
+    void (*read_slots)(const ReadArgs&);
     void (*rms_norm)(const NormArgs&);
     void (*gate)(const GateArgs&);
     void (*dense)(const ProductArgs&);

@@ -115,6 +115,27 @@ template <class E> void rotate_append_with(const RotateArgs& args) {
     });
 }
 
+template <class E> void read_slots_with(const ReadArgs& args) {
+    using T = typename E::Element;
+    constexpr int64_t pack = E::PACK;
+    const int64_t dim = args.head_dim;
+    parallel_ranges(args.tokens, 16, [&](int64_t first, int64_t last) {
+        for (int64_t token = first; token < last; ++token) {
+            const int64_t page = args.slots[token] / PAGE, t = args.slots[token] % PAGE;
+            for (int64_t h = 0; h < args.kv_heads; ++h) {
+                const int64_t base = (page * args.kv_heads + h) * PAGE * dim;
+                T* k = static_cast<T*>(args.k) + (h * args.tokens + token) * dim;
+                T* v = static_cast<T*>(args.v) + (h * args.tokens + token) * dim;
+                const T* from = static_cast<const T*>(args.keys) + base + t * pack;
+                for (int64_t i = 0; i < dim; i += pack)
+                    std::memcpy(k + i, from + i * PAGE, pack * sizeof(T));
+                from = static_cast<const T*>(args.values) + base + t / pack * pack * dim + t % pack;
+                for (int64_t i = 0; i < dim; ++i) v[i] = from[i * pack];
+            }
+        }
+    });
+}
+
 }  // namespace
 
 void rms_norm(const NormArgs& args) {
@@ -123,6 +144,9 @@ void rms_norm(const NormArgs& args) {
 void gate(const GateArgs& args) { args.bf16 ? gate_kind<bf16>(args) : gate_kind<float>(args); }
 void rotate_append(const RotateArgs& args) {
     args.bf16 ? rotate_append_with<Bf16>(args) : rotate_append_with<Float>(args);
+}
+void read_slots(const ReadArgs& args) {
+    args.bf16 ? read_slots_with<Bf16>(args) : read_slots_with<Float>(args);
 }
 
 }  // namespace quire::QUIRE_ISA

@@ -165,6 +165,12 @@ void rotate_append(uintptr_t q, int64_t q_stride, uintptr_t k, int64_t k_stride,
                            rotated, bf16});
 }
 
+void read_slots(uintptr_t keys, uintptr_t values, uintptr_t slots, uintptr_t k, uintptr_t v,
+                int64_t tokens, int64_t kv_heads, int64_t head_dim, bool bf16) {
+    active->read_slots({at<void>(keys), at<void>(values), at<int64_t>(slots), at<void>(k),
+                        at<void>(v), tokens, kv_heads, head_dim, bf16});
+}
+
 void rms_norm(uintptr_t x, uintptr_t out, uintptr_t weight, int64_t rows, int64_t width,
               float eps, float add, bool bf16) {
     active->rms_norm({at<void>(x), at<void>(out), at<void>(weight), rows, width, eps, add, bf16});
@@ -269,6 +275,7 @@ NB_MODULE(_native, m) {
     m.def("attend_chosen", attend_chosen);
     m.def("attend_packed", attend_packed, free);
     m.def("rotate_append", rotate_append, free);
+    m.def("read_slots", read_slots, free);
     m.def("rms_norm", rms_norm, free);
     m.def("gate", gate, free);
     m.def("dense", dense, free);

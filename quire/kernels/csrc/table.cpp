@@ -12,6 +12,7 @@ void choose(const ChooseArgs&);
 bool attend_chosen(const FetchArgs&);
 void attend_packed(const PackedArgs&);
 void rotate_append(const RotateArgs&);
+void read_slots(const ReadArgs&);
 void rms_norm(const NormArgs&);
 void gate(const GateArgs&);
 void dense(const ProductArgs&);
@@ -23,6 +24,6 @@ void mask(const MaskArgs&);
 
 extern const Kernels kernels;
 const Kernels kernels = {QUIRE_NAME(QUIRE_ISA), attend, choose, attend_chosen, attend_packed, rotate_append,
-                         rms_norm, gate, dense, int8, grouped, argmax, sample, mask};
+                         read_slots, rms_norm, gate, dense, int8, grouped, argmax, sample, mask};
 
 }  // namespace quire::QUIRE_ISA

@@ -1,0 +1,1 @@
+"""Slower memory for packed entries that are read rarely."""

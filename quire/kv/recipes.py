@@ -26,6 +26,8 @@ from quire.kv.select.prefixkv import SameLevel
 from quire.kv.select.scissorhands import Persistence
 from quire.kv.select.sink_recent import SinkRecent
 from quire.kv.store.affine import Kivi
+from quire.kv.store.fp8 import Fp8
+from quire.kv.store.int8 import Int8
 
 METHODS: dict[str, Callable[..., Any]] = {
     "streaming": SinkRecent,
@@ -39,6 +41,8 @@ METHODS: dict[str, Callable[..., Any]] = {
     "gemfilter": GemFilter,
     "kivi": Kivi,
     "landmarks": Landmarks,
+    "int8": Int8,
+    "fp8": Fp8,
 }
 
 AXES = ("select", "store", "fetch", "sparse", "shorten")

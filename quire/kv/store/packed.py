@@ -238,7 +238,7 @@ class Packed:
         return cls(
             tuple(Codes.make(e.keys, keys, block, values=False) for e in layers),
             tuple(Codes.make(e.values, values, block, values=True) for e in layers),
-            _positions(layers),
+            pack_positions(layers),
             key_back,
             value_back,
         )
@@ -257,12 +257,7 @@ class Packed:
             keys = keys @ self.key_back[layer].float()
         if self.value_back is not None:
             values = values @ self.value_back[layer].float()
-        if isinstance(self.positions, int):
-            every = torch.arange(keys.shape[-2], device=keys.device).expand(keys.shape[:-1])
-            positions = self.positions + (every if index is None else index)
-        else:
-            known = self.positions[layer].long()
-            positions = known if index is None else known[torch.arange(len(known))[:, None], index]
+        positions = read_positions(self.positions, layer, index, values)
         return Entries(keys, values, positions)
 
     @functools.cached_property
@@ -274,9 +269,21 @@ class Packed:
         return np.array([[codes.address() for codes in both] for both in sides], dtype=np.int64)
 
 
-def _positions(layers: Sequence[Entries]) -> tuple[Tensor, ...] | int:
+def pack_positions(layers: Sequence[Entries]) -> tuple[Tensor, ...] | int:
+    """Positions int32 ``[kv_heads, n]`` of each layer, or the first where they are neighbours'."""
     first = int(layers[0].positions[0, 0])
     every = torch.arange(first, first + len(layers[0]), device=layers[0].positions.device)
     if all(torch.equal(e.positions, every.expand(e.positions.shape)) for e in layers):
         return first
     return tuple(e.positions.to(torch.int32) for e in layers)
+
+
+def read_positions(
+    positions: tuple[Tensor, ...] | int, layer: int, index: Tensor | None, like: Tensor
+) -> Tensor:
+    """What `pack_positions` gave, int64: all, or those of ``index``; ``like`` ``[..., n, dim]``."""
+    if isinstance(positions, int):
+        every = torch.arange(like.shape[-2], device=like.device).expand(like.shape[:-1])
+        return positions + (every if index is None else index)
+    known = positions[layer].long()
+    return known if index is None else known[torch.arange(len(known))[:, None], index]

@@ -65,6 +65,9 @@ class ByteTokenizer:
 
     eos_ids = (0,)
 
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
     def decode(self, ids: list[int]) -> str:
         return bytes(i for i in ids if i).decode(errors="replace")
 

@@ -11,14 +11,16 @@ turns them back with `Facts.unrotate`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,7 @@ class Facts:
     turn: Callable[[int, Tensor, Tensor, bool], Tensor]
     calibrate: Callable[[], Calibration]
     softcap: float | None = None
+    _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def group(self) -> int:
@@ -172,6 +175,17 @@ class Facts:
     def unrotate(self, layer: int, x: Tensor, positions: Tensor) -> Tensor:
         """Take RoPE back from ``x`` ``[..., n, head_dim]`` at ``positions``."""
         return self.turn(layer, x, positions, True)
+
+    def once(self, make: Callable[..., Made], *options: Hashable) -> Made:
+        """``make(facts, *options)``, the same object every time: what calibration gives a method.
+
+        It lives as long as the facts.
+        """
+        key = (make, options)
+        if key not in self._made:
+            self._made[key] = make(self, *options)
+        made: Made = self._made[key]
+        return made
 
 
 class Stored(Protocol):

@@ -26,6 +26,7 @@ from quire.kv.select.prefixkv import SameLevel
 from quire.kv.select.scissorhands import Persistence
 from quire.kv.select.sink_recent import SinkRecent
 from quire.kv.store.affine import Kivi
+from quire.kv.store.bfp import BlockFloat
 from quire.kv.store.fp8 import Fp8
 from quire.kv.store.int8 import Int8
 
@@ -43,6 +44,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "landmarks": Landmarks,
     "int8": Int8,
     "fp8": Fp8,
+    "bfp": BlockFloat,
 }
 
 AXES = ("select", "store", "fetch", "sparse", "shorten")

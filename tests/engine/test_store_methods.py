@@ -19,6 +19,8 @@ STORES = [
     "int8(block=16)",
     "int8(block=8,group=4)",
     "fp8(block=16)",
+    "bfp(bits=8,block=16)",
+    "bfp(bits=8,block=16,sort=false,group=16)",
 ]
 
 

@@ -22,7 +22,7 @@ from quire.attention.packed import SpanRead
 from quire.attention.segments import Item
 from quire.kernels import native
 from quire.kv.arena import Arena, TiledArena
-from quire.kv.method import Entries, Index, Reader, join
+from quire.kv.method import Entries, Index, Joined, Reader, join
 from quire.kv.pages import Segment, Span
 
 
@@ -146,15 +146,29 @@ def held(arena: Arena | TiledArena, segment: Segment, start: int, layer: int) ->
 
 
 def spans_of(segment: Segment) -> list[tuple[Span, NDArray[np.int64] | None]]:
-    """The stored spans of ``segment``, each with how many of its entries are valid.
+    """The stored spans of ``segment``, part by part, each with how many of its entries are valid.
 
     That is int64 ``[layers, kv_heads]``, and may lie beyond its ends; None: all.
     """
     found = []
     at = 0
-    for span in segment.stored:
+    for span in (part for whole in segment.stored for part in _parts(whole)):
         found.append((span, None if segment.kept is None else segment.kept - at))
         at += span.stop - span.start
+    return found
+
+
+def _parts(span: Span) -> list[Span]:
+    """A span of each part of what is joined."""
+    if not isinstance(span.data, Joined):
+        return [span]
+    found = []
+    first = 0
+    for part, size in zip(span.data.parts, span.data.sizes, strict=True):
+        start, stop = max(span.start - first, 0), min(span.stop - first, size)
+        if start < stop:
+            found.append(Span(part, start, stop, span.pages))
+        first += size
     return found
 
 

@@ -154,11 +154,10 @@ class Keeper:
         notes = self.notes(segment)
         size = segment.packed or segment.entries
         if notes.indexed != size:
-            stored = len(segment.stored)
 
             def layers(layer: int) -> Entries:
-                parts = held(self.arena, segment, start, layer)
-                return join(parts[:stored]) if stored else parts[0]
+                parts = held(self.arena, segment, start, layer)  # the arena's last
+                return join(parts[:-1] or parts)
 
             notes.index, notes.indexed = fetch.index(self.facts, layers, tokens), size
         return notes.index

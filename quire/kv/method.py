@@ -233,6 +233,41 @@ def gather(entries: Entries, index: Tensor) -> Entries:
     )
 
 
+@dataclass(frozen=True)
+class Joined:
+    """Stored ``parts`` one after the other, of ``sizes`` entries a head; none has biases.
+
+    Attention reads each part in its own way.
+    """
+
+    parts: tuple[Stored, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in RAM."""
+        return sum(part.nbytes for part in self.parts)
+
+    def read(self, layer: int, index: Tensor | None = None) -> Entries:
+        """All entries of a layer, or those of ``index``; see `Stored.read`."""
+        if index is None:
+            return join([part.read(layer) for part in self.parts])
+        first = 0
+        found: Entries | None = None
+        for part, size in zip(self.parts, self.sizes, strict=True):
+            more = part.read(layer, (index - first).clamp(0, size - 1))
+            if found is not None:
+                mine = index >= first
+                more = Entries(
+                    torch.where(mine[..., None], more.keys, found.keys),
+                    torch.where(mine[..., None], more.values, found.values),
+                    torch.where(mine, more.positions, found.positions),
+                )
+            found, first = more, first + size
+        assert found is not None
+        return found
+
+
 class Store(Protocol):
     """How entries are represented once they are complete.
 

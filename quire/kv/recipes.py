@@ -29,6 +29,7 @@ from quire.kv.store.affine import Kivi
 from quire.kv.store.bfp import BlockFloat
 from quire.kv.store.fp8 import Fp8
 from quire.kv.store.int8 import Int8
+from quire.kv.store.rotatekv import RotateKV
 
 METHODS: dict[str, Callable[..., Any]] = {
     "streaming": SinkRecent,
@@ -45,6 +46,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "int8": Int8,
     "fp8": Fp8,
     "bfp": BlockFloat,
+    "rotatekv": RotateKV,
 }
 
 AXES = ("select", "store", "fetch", "sparse", "shorten")

@@ -21,6 +21,8 @@ STORES = [
     "fp8(block=16)",
     "bfp(bits=8,block=16)",
     "bfp(bits=8,block=16,sort=false,group=16)",
+    "rotatekv(bits=8,block=16)",
+    "rotatekv(bits=4,block=32,rope=post,sinks=1,group=4)",
 ]
 
 
@@ -72,6 +74,14 @@ def test_the_same_again(text: str) -> None:
 def test_what_a_selection_keeps_is_packed(text: str, select: str) -> None:
     requests = requests_of([prompt(120, 1), prompt(90, 2)], 20)
     found, _ = run(requests, recipe=parse(f"{select}+{text}"), chunk=33)
+    assert all(len(ids) == 20 for result in tokens(found).values() for ids in result)
+
+
+@pytest.mark.parametrize("text", STORES)
+def test_what_is_packed_is_fetched(text: str) -> None:
+    requests = requests_of([prompt(120, 1), prompt(90, 2)], 20)
+    fetch = "landmarks(budget=16,chunk=4,outliers=1,local=1)"
+    found, _ = run(requests, recipe=parse(f"{text}+{fetch}"), chunk=33)
     assert all(len(ids) == 20 for result in tokens(found).values() for ids in result)
 
 

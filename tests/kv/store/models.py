@@ -27,8 +27,12 @@ def make_facts(
     group: int = 1,
     dtype: torch.dtype = torch.float32,
     loud: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Facts:
-    """``loud`` ``[kv_heads, head_dim]``: what the calibration's keys are multiplied with."""
+    """The calibration's keys are ``loud`` times random ones plus ``bias``.
+
+    Both are ``[kv_heads, head_dim]``.
+    """
 
     def turn(_layer: int, x: Tensor, positions: Tensor, back: bool) -> Tensor:
         at = positions.expand(x.shape[:-1]).flatten()
@@ -40,6 +44,7 @@ def make_facts(
         generator = torch.Generator().manual_seed(5)
         shape = (LAYERS, CALIBRATED, kv_heads, head_dim)
         keys = torch.randn(shape, generator=generator) * (1 if loud is None else loud)
+        keys = keys + (0 if bias is None else bias)
         return Calibration([], list(keys), [])
 
     return Facts(
@@ -56,7 +61,13 @@ def make_facts(
 
 
 def make_entries(
-    facts: Facts, n: int, *, first: int = 0, seed: int = 0, loud: Tensor | None = None
+    facts: Facts,
+    n: int,
+    *,
+    first: int = 0,
+    seed: int = 0,
+    loud: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> list[Entries]:
     """Of each layer, neighbours from position ``first`` on, their keys as in the calibration."""
     generator = torch.Generator().manual_seed(seed)
@@ -64,6 +75,8 @@ def make_entries(
     keys, values = torch.randn(shape, generator=generator)
     if loud is not None:
         keys = keys * loud[:, None]
+    if bias is not None:
+        keys = keys + bias[:, None]
     positions = torch.arange(first, first + n).expand(facts.kv_heads, -1)
     layers = range(facts.layers)
     return [

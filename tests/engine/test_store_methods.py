@@ -61,7 +61,7 @@ def test_memory_chunks_and_company(text: str) -> None:
 @pytest.mark.parametrize("text", STORES)
 def test_the_same_again(text: str) -> None:
     """What a prompt gives is not changed by another that has nothing to do with it."""
-    requests = requests_of([prompt(50, 1), prompt(90, 2), prompt(5, 3)], 20)
+    requests = requests_of([prompt(50, 1), prompt(90, 2), prompt(5, 3)], 12)
     together = tokens(run(requests, recipe=parse(text))[0])
     for request in requests:
         assert tokens(run([request], recipe=parse(text))[0])[request.id] == together[request.id]

@@ -30,6 +30,7 @@ from quire.kv.store.bfp import BlockFloat
 from quire.kv.store.fp8 import Fp8
 from quire.kv.store.int8 import Int8
 from quire.kv.store.rotatekv import RotateKV
+from quire.kv.store.gear import Gear
 
 METHODS: dict[str, Callable[..., Any]] = {
     "streaming": SinkRecent,
@@ -47,6 +48,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "fp8": Fp8,
     "bfp": BlockFloat,
     "rotatekv": RotateKV,
+    "gear": Gear,
 }
 
 AXES = ("select", "store", "fetch", "sparse", "shorten")

@@ -21,7 +21,7 @@ from quire.attention.composed import held, visible_at, weigh
 from quire.attention.segments import Item
 from quire.engine.world import Work, World
 from quire.kv.arena import Arena, TiledArena
-from quire.kv.method import Entries, Facts, Index, Plain, Reader, Recipe, Seen, join
+from quire.kv.method import Entries, Facts, Index, Plain, Reader, Recipe, Seen, Weighed, join
 from quire.kv.pages import Segment
 from quire.kv.tree import Node, Tokens
 from quire.schedule.state import Sequence as Seq
@@ -64,6 +64,9 @@ class Keeper:
         self.arena = arena
         self.world = world
         self.page_bytes = page_bytes
+        select = recipe.select
+        self._weighed = recipe.store if isinstance(recipe.store, Weighed) else None
+        self._mass = self._weighed is not None or (select is not None and select.mass)
         self._notes: WeakKeyDictionary[Segment, Notes] = WeakKeyDictionary()
         self._settled: WeakSet[Seq] = WeakSet()  # need no view, since all of the prompt is kept
 
@@ -78,9 +81,10 @@ class Keeper:
     ) -> None:
         """Look at a layer's attention: ``q`` (rotated) and ``out`` ``[tokens, heads, head_dim]``.
 
-        Keeps what the selector wants to see, and replaces what a sparse prefill computes.
+        Keeps what selector and store want to see, and replaces what a sparse prefill computes.
         """
         select, sparse = self.recipe.select, self.recipe.sparse
+        online = select is not None and select.online
         row = 0
         for work in works:
             rows = slice(row, row + work.item.count)
@@ -89,19 +93,17 @@ class Keeper:
                 entries = self.path_entries(work.item, layer)
                 start = work.item.start
                 out[rows] = sparse.attend(self.facts, layer, q[rows], entries, start).to(out.dtype)
-            if select is None:
-                continue
             decoding = work.node is None
-            if decoding and not select.online:
+            if (select is None and not self._mass) or (decoding and not online):
                 continue
             segment = work.sequence.leaf.segment if decoding else work.item.segment
             assert segment is not None
             notes = self.notes(segment)
             notes.rows += work.item.count if layer == 0 else 0
-            if select.window:
+            if select is not None and select.window:
                 known = notes.queries[layer] if layer < len(notes.queries) else q[:0]
                 _put(notes.queries, layer, torch.cat([known, q[rows]])[-select.window :].clone())
-            if select.mass:
+            if self._mass:
                 self._add_mass(notes, work.item, layer, q[rows], positions[rows])
 
     def _add_mass(self, notes: Notes, item: Item, layer: int, q: Tensor, positions: Tensor) -> None:
@@ -206,10 +208,24 @@ class Keeper:
             held(self.arena, segment, start, layer)[-1].part(0, count)
             for layer in range(self.facts.layers)
         ]
-        packed = store.pack(self.facts, layers)
+        if self._weighed is not None:
+            packed = self._weighed.pack_weighed(self.facts, layers, self._received(segment, count))
+        else:
+            packed = store.pack(self.facts, layers)
         freed = self.world.pool.store(segment, count, packed, -(-packed.nbytes // self.page_bytes))
         if freed is not None:
             self.arena.forget(freed)
+
+    def _received(self, segment: Segment, count: int) -> list[Tensor] | None:
+        """The attention that the arena's first ``count`` entries of ``segment`` have received.
+
+        A store asks for it once, when the segment is complete.
+        """
+        notes = self.notes(segment)
+        mass = [m[:, m.shape[1] - segment.entries :][:, :count] for m in notes.mass]
+        if self.recipe.select is None:
+            notes.mass = []
+        return mass or None
 
     def _seen(self, seq: Seq) -> Seen:
         path = seq.leaf.path()
@@ -270,11 +286,14 @@ class Keeper:
         if found is None and select.every is None:
             self._settled.add(seq)
             return
-        held_now, mass = _apply(seen, found, select.mass and select.online)
+        needed = self._weighed is not None or (select.mass and select.online)
+        held_now, mass = _apply(seen, found, needed)
+        longest = max(len(entries) for entries in held_now)
+        mass = [torch.nn.functional.pad(m, (0, longest - m.shape[1])) for m in mass]
         notes = Notes(mass=mass, state=seen.state, selected=seen.tokens)
         if select.window and select.online:
             notes.queries = [seen.queries(layer) for layer in range(self.facts.layers)]
-        segment = self.world.view(seq, max(len(entries) for entries in held_now))
+        segment = self.world.view(seq, longest)
         if segment is None:
             return  # no room: the sequence starts again, alone
         self._fill(segment, held_now)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -287,6 +287,22 @@ class Store(Protocol):
 
     def pack(self, facts: Facts, layers: Sequence[Entries]) -> Stored:
         """Pack the entries of all layers: as many in each, a multiple of ``block``."""
+        ...
+
+
+@runtime_checkable
+class Weighed(Store, Protocol):
+    """A `Store` that looks at the attention that entries have received; packs with this instead."""
+
+    def pack_weighed(
+        self, facts: Facts, layers: Sequence[Entries], mass: Sequence[Tensor] | None
+    ) -> Stored:
+        """Pack as `Store.pack` does. ``mass`` float32 ``[kv_heads, n]`` for each layer.
+
+        It is what the rows of the entries' own part of the prompt have given, or, after a
+        selection, those of the whole prompt; rows that come later are not known, since what is
+        packed is shared with them. None: nothing is known, as of decoded tokens.
+        """
         ...
 
 

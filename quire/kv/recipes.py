@@ -31,6 +31,7 @@ from quire.kv.store.fp8 import Fp8
 from quire.kv.store.int8 import Int8
 from quire.kv.store.rotatekv import RotateKV
 from quire.kv.store.gear import Gear
+from quire.kv.store.mikv import MixedPrecision
 
 METHODS: dict[str, Callable[..., Any]] = {
     "streaming": SinkRecent,
@@ -49,6 +50,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "bfp": BlockFloat,
     "rotatekv": RotateKV,
     "gear": Gear,
+    "mikv": MixedPrecision,
 }
 
 AXES = ("select", "store", "fetch", "sparse", "shorten")

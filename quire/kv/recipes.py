@@ -32,6 +32,7 @@ from quire.kv.store.int8 import Int8
 from quire.kv.store.rotatekv import RotateKV
 from quire.kv.store.gear import Gear
 from quire.kv.store.mikv import MixedPrecision
+from quire.kv.store.minicache import SharedDirections
 
 METHODS: dict[str, Callable[..., Any]] = {
     "streaming": SinkRecent,
@@ -51,6 +52,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "rotatekv": RotateKV,
     "gear": Gear,
     "mikv": MixedPrecision,
+    "minicache": SharedDirections,
 }
 
 AXES = ("select", "store", "fetch", "sparse", "shorten")

@@ -114,7 +114,7 @@ def check_in_the_engine(
         requests = random_requests(seed)
         wanted = None
         for chunk, extra, windows in ((512, 1000, None), (7, 1000, None), (16, 0, 2)):
-            pages = max(map(pages_needed, requests)) + extra
+            pages = (max(map(pages_needed, requests)) + extra) * layers // 2  # of two layers'
             model = MockModel(spec(layers))
             found, _ = run(
                 requests, model=model, recipe=recipe, pages=pages, chunk=chunk, windows=windows

@@ -79,9 +79,9 @@ def test_like_the_paper(n: int, bits: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("outliers", [0.0, 0.1])
-def test_chosen_entries_are_the_same(dtype: torch.dtype, outliers: float) -> None:
-    facts = make_facts(dtype=dtype, head_dim=24)
+@pytest.mark.parametrize(("outliers", "dim"), [(0.0, 24), (0.1, 24), (0.1, 256)])
+def test_chosen_entries_are_the_same(dtype: torch.dtype, outliers: float, dim: int) -> None:
+    facts = make_facts(dtype=dtype, head_dim=dim)
     stored = Gear(group=16, block=16, outliers=outliers).pack(
         facts, scattered(make_entries(facts, 80))
     )
@@ -166,7 +166,7 @@ def test_constant_numbers(rank: int, number: float) -> None:
 
 
 def test_bytes() -> None:
-    """Codes; 4 r bytes a token and head, and r columns a block; outliers of 3 bytes, and a count."""
+    """Codes; 4 r bytes a token and head, r columns a block; outliers of 3 bytes, and counts."""
     facts = make_facts(kv_heads=8, head_dim=128, layers=1, dtype=torch.bfloat16)
     n, numbers = 2048, 2 * 8 * 2048 * 128
     layers = make_entries(facts, n)

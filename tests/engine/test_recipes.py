@@ -41,6 +41,19 @@ class KeepAll:
 
 
 @dataclass(frozen=True)
+class WeighAll(KeepAll):
+    """The same, and what its entries have received."""
+
+    def pack_weighed(
+        self, facts: Facts, layers: Sequence[Entries], mass: Sequence[Tensor] | None
+    ) -> Plain:
+        if mass is not None:
+            assert [m.shape for m in mass] == [e.positions.shape for e in layers]
+            assert all(bool((m > 0).all()) for m in mass)  # of its own query at least
+        return self.pack(facts, layers)
+
+
+@dataclass(frozen=True)
 class SelectAll:
     """Takes every entry, as a view of its own; ``merged``: as entries with a bias of zero."""
 
@@ -99,12 +112,14 @@ class FetchAll:
 EXACT = {
     "store": Recipe(store=KeepAll()),
     "store, the newest kept": Recipe(store=KeepAll(32, 16)),
+    "store, weighed": Recipe(store=WeighAll(4)),
     "select": Recipe(select=SelectAll()),
     "select while decoding": Recipe(select=SelectAll(every=4)),
     "merge": Recipe(select=SelectAll(merged=True, mass=False)),
     "fetch": Recipe(fetch=FetchAll()),
     "store and fetch": Recipe(store=KeepAll(), fetch=FetchAll()),
     "select and store": Recipe(select=SelectAll(), store=KeepAll()),
+    "select and store, weighed": Recipe(select=SelectAll(), store=WeighAll(4)),
 }
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from quire.kv.method import Entries, Facts
 from quire.kv.select.budget import require
 from quire.kv.store.packed import Codes, Format, pack_positions
-from quire.kv.store.parts import Composite, every, heads_of
+from quire.kv.store.parts import Composite, heads_of
 
 
 @dataclass(frozen=True)
@@ -95,13 +95,13 @@ class Mended:
 
     def read(self, index: Tensor | None = None) -> Tensor:
         """See `Numbers.read`."""
-        if index is None:
-            index = every(self.left)
         heads = heads_of(self.left)
-        left = self.left[heads, index].float()  # [..., kv_heads, k, rank]
-        x = (self.codes.read(index) + left @ self.right.float().transpose(1, 2)).contiguous()
+        left = self.left if index is None else self.left[heads, index]  # [..., kv_heads, k, rank]
+        mended = left.float() @ self.right.float().transpose(1, 2)
+        x = (self.codes.read(index) + mended).contiguous()
         if self.outliers is not None:
-            self.outliers.write(x, heads * self.left.shape[1] + index)
+            entries = None if index is None else heads * self.left.shape[1] + index
+            self.outliers.write(x, entries)
         return x
 
 
@@ -129,18 +129,23 @@ class Outliers:
         counts = where.sum(-1).flatten()
         return cls(counts.to(small), where.nonzero()[:, 2].to(small), x[where])
 
-    def write(self, x: Tensor, entries: Tensor) -> None:
-        """Put them into ``x`` ``[..., head_dim]``, which holds the ``entries`` ``[...]``.
+    def write(self, x: Tensor, entries: Tensor | None = None) -> None:
+        """Put them into ``x`` ``[..., head_dim]``, which holds all, or the ``entries`` ``[...]``.
 
         Entry i of head h is number ``h * n + i``.
         """
-        which = entries.flatten()
+        rows = x.view(-1, x.shape[-1])
+        every = torch.arange(len(rows), device=x.device)
         counts = self.counts.long()
+        if entries is None:
+            rows[every.repeat_interleave(counts), self.channels.long()] = self.numbers.to(x.dtype)
+            return
+        which = entries.flatten()
         count, first = counts[which], (counts.cumsum(0) - counts)[which]
-        row = torch.arange(len(which), device=x.device).repeat_interleave(count)
+        row = every.repeat_interleave(count)
         before = count.cumsum(0) - count
         place = first[row] + torch.arange(len(row), device=x.device) - before[row]
-        x.view(-1, x.shape[-1])[row, self.channels[place].long()] = self.numbers[place].to(x.dtype)
+        rows[row, self.channels[place].long()] = self.numbers[place].to(x.dtype)
 
 
 def low_rank(x: Tensor, rank: int, rounds: int) -> tuple[Tensor, Tensor]:

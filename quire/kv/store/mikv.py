@@ -120,11 +120,13 @@ class Tiers:
     def read(self, index: Tensor | None = None) -> Tensor:
         """See `Numbers.read`."""
         heads, k = self.important.shape
+        low: Numbers = self.low
         if index is None:
+            low = Exact(low.read())  # all at once is quicker
             index = torch.arange(k + self.low.tokens).expand(heads, -1)
         known = self.important.long().expand(*index.shape[:-1], k).contiguous()
         before = torch.searchsorted(known, index.contiguous())  # important ones before each
-        x = self.low.read((index - before).clamp(max=self.low.tokens - 1))
+        x = low.read((index - before).clamp(max=self.low.tokens - 1))
         if self.balancer is not None:
             x = x / self.balancer[:, None]
         if not k:

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from quire.kv.method import Entries, Facts
 from quire.kv.select.budget import require
-from quire.kv.store.packed import Codes, Format, positions_of
+from quire.kv.store.packed import Codes, Format, pack_positions
 from quire.kv.store.parts import Composite, Exact, Numbers
 
 
@@ -70,7 +70,7 @@ class SharedDirections:
                 pair = self._pair(facts, x, y, values=sides is values)
                 sides += pair
                 shared += [pair[0].direction, pair[0].apart]
-        return Composite(tuple(keys), tuple(values), positions_of(layers), tuple(shared))
+        return Composite(tuple(keys), tuple(values), pack_positions(layers), tuple(shared))
 
     def _merges(self, facts: Facts, layers: Sequence[Entries], layer: int) -> bool:
         """Whether ``layer`` and the next one are a pair."""

@@ -150,7 +150,7 @@ class Codes:
     def read(self, index: Tensor | None = None) -> Tensor:
         """The numbers again, float32: all, or those of ``index``; see `Stored.read`."""
         if index is None:
-            index = torch.arange(self.tokens, device=self.codes.device).expand(len(self.codes), -1)
+            return self._all()[:, : self.tokens]
         heads = torch.arange(len(self.codes), device=index.device)[:, None]
         page, place = index // PAGE, index % PAGE
         per = 8 // self.form.bits
@@ -166,6 +166,23 @@ class Codes:
         codes = codes[..., : self.dim]
         middle = None if self.middle is None else self._spread(self.middle, heads, index)
         return self.form.decode(codes, self._spread(self.scale, heads, index), middle)
+
+    def _all(self) -> Tensor:
+        """All numbers of all pages, without an index: the bulk of what PyTorch reads."""
+        mask, bits = self.form.levels, self.form.bits
+        shift = torch.arange(0, 8, bits, dtype=torch.uint8, device=self.codes.device)
+        places = self.codes[..., None, :, :] >> shift[:, None, None] & mask
+        # [kv_heads, pages, dim / 16, bits / 2, 8 / bits, columns, 4] -> [kv_heads, tokens, dim]
+        order = (0, 1, 3, 4, 6, 2, 5) if self.values else (0, 1, 5, 2, 3, 4, 6)
+        codes = places.permute(order).flatten(-2 if self.values else -4).flatten(1, -2)
+
+        def groups(x: Tensor) -> Tensor:
+            return (x if self.form.along_tokens else x.transpose(1, 2)).unsqueeze(axis)
+
+        axis = 2 if self.form.along_tokens else 3
+        parts = codes[..., : self.dim].unflatten(axis - 1, (-1, self.form.group))
+        middle = None if self.middle is None else groups(self.middle)
+        return self.form.decode(parts, groups(self.scale), middle).flatten(axis - 1, axis)
 
     def _spread(self, numbers: Tensor, heads: Tensor, index: Tensor) -> Tensor:
         """Scales or middles for every channel of the entries ``index``."""

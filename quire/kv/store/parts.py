@@ -68,8 +68,3 @@ class Composite:
 def heads_of(x: Tensor) -> Tensor:
     """The KV heads of ``x`` ``[kv_heads, n, ...]`` as the index beside one of its entries."""
     return torch.arange(len(x), device=x.device)[:, None]
-
-
-def every(x: Tensor) -> Tensor:
-    """The index int64 ``[kv_heads, n]`` of all entries of ``x`` ``[kv_heads, n, ...]``."""
-    return torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])

@@ -121,8 +121,9 @@ class Tiers:
         """See `Numbers.read`."""
         heads, k = self.important.shape
         low: Numbers = self.low
+        high = self.high
         if index is None:
-            low = Exact(low.read())  # all at once is quicker
+            low, high = Exact(low.read()), Exact(high.read())  # all at once is quicker
             index = torch.arange(k + self.low.tokens).expand(heads, -1)
         known = self.important.long().expand(*index.shape[:-1], k).contiguous()
         before = torch.searchsorted(known, index.contiguous())  # important ones before each
@@ -133,7 +134,7 @@ class Tiers:
             return x
         place = before.clamp(max=k - 1)
         important = known.gather(-1, place) == index
-        return torch.where(important[..., None], self.high.read(place).float(), x)
+        return torch.where(important[..., None], high.read(place).float(), x)
 
 
 _BALANCERS: WeakKeyDictionary[Facts, list[Tensor]] = WeakKeyDictionary()

@@ -115,7 +115,7 @@ class Engine:
         self.prefixes: Prefixes | None = None
         if files is not None:
             select = recipe.select if recipe is not None else None
-            if select is not None and select.mass:
+            if self.keeper is not None and self.keeper.mass:
                 raise InvalidRequestError(
                     "A KV method that looks at the attention of the whole prompt cannot go without "
                     "computing it.",

@@ -49,7 +49,10 @@ class Notes:
 
 
 class Keeper:
-    """One engine's recipe at work. ``page_bytes``: of the pool."""
+    """One engine's recipe at work. ``page_bytes``: of the pool.
+
+    ``mass``: whether a method looks at the attention that entries receive.
+    """
 
     def __init__(
         self,
@@ -66,7 +69,7 @@ class Keeper:
         self.page_bytes = page_bytes
         select = recipe.select
         self._weighed = recipe.store if isinstance(recipe.store, Weighed) else None
-        self._mass = self._weighed is not None or (select is not None and select.mass)
+        self.mass = self._weighed is not None or (select is not None and select.mass)
         self._notes: WeakKeyDictionary[Segment, Notes] = WeakKeyDictionary()
         self._settled: WeakSet[Seq] = WeakSet()  # need no view, since all of the prompt is kept
 
@@ -94,7 +97,7 @@ class Keeper:
                 start = work.item.start
                 out[rows] = sparse.attend(self.facts, layer, q[rows], entries, start).to(out.dtype)
             decoding = work.node is None
-            if (select is None and not self._mass) or (decoding and not online):
+            if (select is None and not self.mass) or (decoding and not online):
                 continue
             segment = work.sequence.leaf.segment if decoding else work.item.segment
             assert segment is not None
@@ -103,7 +106,7 @@ class Keeper:
             if select is not None and select.window:
                 known = notes.queries[layer] if layer < len(notes.queries) else q[:0]
                 _put(notes.queries, layer, torch.cat([known, q[rows]])[-select.window :].clone())
-            if self._mass:
+            if self.mass:
                 self._add_mass(notes, work.item, layer, q[rows], positions[rows])
 
     def _add_mass(self, notes: Notes, item: Item, layer: int, q: Tensor, positions: Tensor) -> None:

@@ -28,11 +28,11 @@ from quire.kv.select.sink_recent import SinkRecent
 from quire.kv.store.affine import Kivi
 from quire.kv.store.bfp import BlockFloat
 from quire.kv.store.fp8 import Fp8
-from quire.kv.store.int8 import Int8
-from quire.kv.store.rotatekv import RotateKV
 from quire.kv.store.gear import Gear
+from quire.kv.store.int8 import Int8
 from quire.kv.store.mikv import MixedPrecision
 from quire.kv.store.minicache import SharedDirections
+from quire.kv.store.rotatekv import RotateKV
 
 METHODS: dict[str, Callable[..., Any]] = {
     "streaming": SinkRecent,

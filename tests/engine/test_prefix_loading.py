@@ -138,7 +138,8 @@ def test_scored_prompts_are_computed(tmp_path: Path) -> None:
         )
 
 
-def test_methods_that_must_see_everything_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", ["h2o", "mikv"])
+def test_methods_that_must_see_everything_are_refused(tmp_path: Path, recipe: str) -> None:
     with pytest.raises(InvalidRequestError, match="looks at the attention of the whole prompt"):
         Engine(
             MockModel(),  # type: ignore[arg-type]
@@ -146,6 +147,6 @@ def test_methods_that_must_see_everything_are_refused(tmp_path: Path) -> None:
             policy=POLICIES["batch"],
             kv_bytes=100 * PAGE_BYTES,
             chunk=64,
-            recipe=parse("h2o"),
+            recipe=parse(recipe),
             files=files(tmp_path),
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -61,7 +60,7 @@ class MixedPrecision:
     ) -> Composite:
         """See `Weighed.pack_weighed`."""
         none: list[Tensor | None] = [None] * facts.layers
-        balancers = balance(facts) if self.balance else none
+        balancers = facts.once(balance) if self.balance else none
         keys, values, chosen = [], [], []
         for layer, entries in enumerate(layers):
             important = self._important(entries, None if mass is None else mass[layer])
@@ -137,23 +136,17 @@ class Tiers:
         return torch.where(important[..., None], high.read(place).float(), x)
 
 
-_BALANCERS: WeakKeyDictionary[Facts, list[Tensor]] = WeakKeyDictionary()
-
-
 def balance(facts: Facts) -> list[Tensor]:
     """For each layer, what keys are to be multiplied with, ``[kv_heads, head_dim]``.
 
     The largest keys of a channel are then as large as the largest queries, divided by the same.
     """
-    found = _BALANCERS.get(facts)
-    if found is None:
-        seen = facts.calibrate()
-        found = []
-        for layer, (queries, keys) in enumerate(zip(seen.queries, seen.keys, strict=True)):
-            q, k = (_largest(facts, layer, x) for x in (queries, keys))
-            q = q.unflatten(0, (facts.kv_heads, -1)).amax(1)
-            found.append((q / k).sqrt().nan_to_num(1.0).clamp(1e-3, 1e3))
-        _BALANCERS[facts] = found
+    seen = facts.calibrate()
+    found = []
+    for layer, (queries, keys) in enumerate(zip(seen.queries, seen.keys, strict=True)):
+        q, k = (_largest(facts, layer, x) for x in (queries, keys))
+        q = q.unflatten(0, (facts.kv_heads, -1)).amax(1)
+        found.append((q / k).sqrt().nan_to_num(1.0).clamp(1e-3, 1e3))
     return found
 
 

@@ -18,8 +18,9 @@ OUTPUT = 32  # tokens that each sequence decodes
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes a token of a sequence in steady state, metadata counted: held, and read by a decode
-    step; the most bytes held at any time, of all sequences; tokens a second.
+    """Bytes a token of a sequence in steady state, metadata counted: held in RAM, and read by a
+    decode step; the most bytes held at any time, of all sequences; tokens a second; and bytes a
+    token that lie on disk, which are read but not held.
     """
 
     held_per_token: float
@@ -27,6 +28,7 @@ class Cost:
     peak_bytes: int
     prefill_per_second: float
     decode_per_second: float
+    disk_per_token: float = 0.0
 
 
 @dataclass
@@ -116,8 +118,9 @@ def _measure(
     skipped = 0.0 if count is None else (count.offered - count.chosen) / steps / everything
     return Cost(
         held.total / tokens,
-        (held.kv * (1 - skipped) + held.index + held.notes) / tokens,
+        ((held.kv + held.disk) * (1 - skipped) + held.index + held.notes) / tokens,
         peak,
         sum(len(text) - OUTPUT for text in texts) / prefill,
         output / decode,
+        held.disk / tokens,
     )

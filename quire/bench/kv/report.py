@@ -103,7 +103,7 @@ def _costs(here: Sequence[Judged], length: int) -> Table:
                 f"{fidelity.divergence:.4f}",
                 f"{fidelity.perplexity:.2f}",
                 f"{cost.held_per_token:,.0f}",
-                f"{100 * cost.held_per_token / whole:.0f}%",
+                _held(cost, whole),
                 f"{100 * cost.read_per_token / whole:.0f}%",
                 format_bytes(cost.peak_bytes),
                 f"{cost.prefill_per_second:,.0f}",
@@ -126,6 +126,11 @@ def _costs(here: Sequence[Judged], length: int) -> Table:
         ),
         rows,
     )
+
+
+def _held(cost: Cost, whole: float) -> str:
+    disk = f" + {100 * cost.disk_per_token / whole:.0f}% disk" if cost.disk_per_token else ""
+    return f"{100 * cost.held_per_token / whole:.0f}%{disk}"
 
 
 def _percent(share: float) -> str:

@@ -16,6 +16,7 @@ from quire.bench.kv.forced import Forced, Script, Span
 from quire.bench.kv.memory import Held, measure_held, tensor_bytes
 from quire.kv.method import Recipe
 from quire.kv.recipes import parse
+from quire.kv.tiers.mapped import on_disk
 from quire.schedule.policies import POLICIES
 from toy import ByteTokenizer, MockModel
 
@@ -62,6 +63,9 @@ def test_all_tensors_are_found_once() -> None:
     assert tensor_bytes(Box((Box(x), Box(torch.zeros(3)))), set()) == 412
     assert tensor_bytes(np.zeros(7)[2:], set()) == 56
     assert tensor_bytes([None, "text", 3, print, Box, Box(Box(None))], set()) == 0
+    both = [x, on_disk(torch.zeros(50)), np.zeros(7)]
+    assert tensor_bytes(both, set()) == 456
+    assert tensor_bytes(both, set(), disk=True) == 200
 
 
 def test_pages_in_use_are_counted() -> None:

@@ -6,7 +6,7 @@ import csv
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import nan
 from pathlib import Path
 from typing import Any, ClassVar
@@ -167,6 +167,9 @@ def test_tables() -> None:
         "a(b=1)+c", "50.0%", "0.2500", "40.00", "500", "50%", "25%", "1.0 MiB", "10,000", "2,000",
     )  # fmt: skip
     assert all(len(row) == len(t.columns) for t in (requests, turns, costs) for row in t.rows)
+    assert judged[1].cost is not None
+    judged[1] = replace(judged[1], cost=replace(judged[1].cost, disk_per_token=250.0))
+    assert tables(judged, 512)[-1].rows[1][5] == "50% + 25% disk"
     lines = costs.markdown().splitlines()
     assert lines[0].startswith("### 512 tokens")
     assert {line.count("|") for line in lines[2:]} == {len(costs.columns) + 1}

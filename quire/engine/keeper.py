@@ -46,6 +46,7 @@ class Notes:
     indexed: int = -1  # entries when the index was made
     state: dict[str, Any] = field(default_factory=dict)
     selected: int = 0  # tokens of the sequence when it last selected
+    refused: int = 0  # entries that would have saved nothing when packed
 
 
 class Keeper:
@@ -204,8 +205,9 @@ class Keeper:
     def _pack(self, segment: Segment, start: int, recent: int) -> None:
         store = self.recipe.store
         assert store is not None
+        notes = self.notes(segment)
         count = (segment.entries - recent) // store.block * store.block
-        if count <= 0:
+        if count <= 0 or count == notes.refused:
             return
         layers = [
             held(self.arena, segment, start, layer)[-1].part(0, count)
@@ -216,6 +218,7 @@ class Keeper:
         else:
             packed = store.pack(self.facts, layers)
         freed = self.world.pool.store(segment, count, packed, -(-packed.nbytes // self.page_bytes))
+        notes.refused = count if freed is None else 0
         if freed is not None:
             self.arena.forget(freed)
 

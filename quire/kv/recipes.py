@@ -27,6 +27,7 @@ from quire.kv.select.scissorhands import Persistence
 from quire.kv.select.sink_recent import SinkRecent
 from quire.kv.store.affine import Kivi
 from quire.kv.store.bfp import BlockFloat
+from quire.kv.store.cross_layer import CrossLayer
 from quire.kv.store.fp8 import Fp8
 from quire.kv.store.gear import Gear
 from quire.kv.store.int8 import Int8
@@ -53,6 +54,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "gear": Gear,
     "mikv": MixedPrecision,
     "minicache": SharedDirections,
+    "xkv": CrossLayer,
 }
 
 AXES = ("select", "store", "fetch", "sparse", "shorten")

@@ -28,6 +28,15 @@ from toy import ByteTokenizer, MockModel
 
 
 @dataclass(frozen=True)
+class Kept(Plain):
+    """Says that it takes less than entries do, so that it is taken."""
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes // 2
+
+
+@dataclass(frozen=True)
 class KeepAll:
     """Stores entries as they are."""
 
@@ -37,7 +46,7 @@ class KeepAll:
     def pack(self, facts: Facts, layers: Sequence[Entries]) -> Plain:
         assert len(layers) == facts.layers
         assert all(len(entries) % self.block == 0 for entries in layers)
-        return Plain(tuple(layers))
+        return Kept(tuple(layers))
 
 
 @dataclass(frozen=True)
@@ -217,6 +226,22 @@ def test_shared_nodes_are_packed_once() -> None:
     ]
     run_recipe(requests, Recipe(store=Counting()))
     assert sorted(packed) == [32, 32, 32, 160]
+
+
+def test_what_saves_nothing_is_not_packed_again() -> None:
+    tried: list[int] = []
+
+    @dataclass(frozen=True)
+    class Growing(KeepAll):
+        def pack(self, facts: Facts, layers: Sequence[Entries]) -> Plain:
+            tried.append(len(layers[0]))
+            return Plain((*layers, *layers))
+
+    request = long_request(0, 160, 40)
+    wanted, _ = run([request])
+    found, _ = run_recipe([request], Recipe(store=Growing()))
+    assert tokens(found) == tokens(wanted)
+    assert tried == [160, 16, 32]
 
 
 @pytest.mark.parametrize(

@@ -263,9 +263,8 @@ class Packed:
     @property
     def nbytes(self) -> int:
         """Bytes held in RAM."""
-        positions = () if isinstance(self.positions, int) else self.positions
         codes = sum(codes.nbytes for codes in (*self.keys, *self.values))
-        return codes + sum(p.nbytes for p in positions)
+        return codes + position_bytes(self.positions)
 
     def read(self, layer: int, index: Tensor | None = None) -> Entries:
         """See `Stored.read`."""
@@ -304,3 +303,8 @@ def read_positions(
         return positions + (every if index is None else index)
     known = positions[layer].long()
     return known if index is None else known[torch.arange(len(known))[:, None], index]
+
+
+def position_bytes(known: tuple[Tensor, ...] | int) -> int:
+    """Bytes that `pack_positions`' result takes."""
+    return 0 if isinstance(known, int) else sum(positions.nbytes for positions in known)

@@ -34,6 +34,7 @@ from quire.kv.store.int8 import Int8
 from quire.kv.store.mikv import MixedPrecision
 from quire.kv.store.minicache import SharedDirections
 from quire.kv.store.rotatekv import RotateKV
+from quire.kv.store.shrunken import ChannelShrinking
 
 METHODS: dict[str, Callable[..., Any]] = {
     "streaming": SinkRecent,
@@ -55,6 +56,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "mikv": MixedPrecision,
     "minicache": SharedDirections,
     "xkv": CrossLayer,
+    "cskv": ChannelShrinking,
 }
 
 AXES = ("select", "store", "fetch", "sparse", "shorten")

@@ -34,6 +34,7 @@ from quire.kv.store.int8 import Int8
 from quire.kv.store.mikv import MixedPrecision
 from quire.kv.store.minicache import SharedDirections
 from quire.kv.store.rotatekv import RotateKV
+from quire.kv.store.shadow import LowRankKeys, shadowkv
 from quire.kv.store.shrunken import ChannelShrinking
 
 METHODS: dict[str, Callable[..., Any]] = {
@@ -57,6 +58,8 @@ METHODS: dict[str, Callable[..., Any]] = {
     "minicache": SharedDirections,
     "xkv": CrossLayer,
     "cskv": ChannelShrinking,
+    "lowrank": LowRankKeys,
+    "shadowkv": shadowkv,
 }
 
 AXES = ("select", "store", "fetch", "sparse", "shorten")

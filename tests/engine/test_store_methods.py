@@ -23,6 +23,9 @@ STORES = [
     "bfp(bits=8,block=16,sort=false,group=16)",
     "rotatekv(bits=8,block=16)",
     "rotatekv(bits=4,block=32,rope=post,sinks=1,group=4)",
+    "xkv(group=2,key_rank=0.4,value_rank=0.4)",
+    "cskv(density=1.0,window=16,bits=8)",
+    "lowrank(rank=0.4,chunk=4,outliers=1,local=1)",
 ]
 
 

@@ -10,7 +10,11 @@ from quire.kv.recipes import METHODS
 
 SHARES = (0.5, 0.25, 0.125)  # of the context, for a method with a budget
 BITS = (4, 2)  # for a method with bits
-TUNED = {"landmarks": "landmarks(budget={budget},outliers=2)"}  # the default suits 128k tokens
+TUNED = {  # the defaults suit 128k tokens
+    "landmarks": "landmarks(budget={budget},outliers=2)",
+    "lowrank": "lowrank(outliers=2)",
+    "shadowkv": "shadowkv(budget={budget},outliers=2)",
+}
 TOGETHER = ("snapkv(budget=25%)+kivi(bits=4)",)
 
 
@@ -29,7 +33,7 @@ def default_recipes(quick: bool = False) -> list[str]:
         elif "bits" in options:
             found += [f"{name}(bits={bits})" for bits in BITS]
         else:
-            found.append(name)
+            found.append(TUNED.get(name, name))
     return found if quick else [*found, *TOGETHER]
 
 

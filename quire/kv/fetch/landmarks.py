@@ -39,16 +39,25 @@ class Landmarks:
         inside = torch.arange(self.chunk)
         local = torch.arange(chunks * self.chunk, entries).expand(facts.kv_heads, -1)
         for layer in range(facts.layers):
-            keys = layers(layer).keys[:, : chunks * self.chunk].float()
-            parts = keys.unflatten(1, (chunks, self.chunk))
-            mean = parts.mean(2)
-            alike = torch.cosine_similarity(parts, mean[:, :, None], dim=-1).amin(-1)
-            odd = alike.topk(self.outliers, dim=-1, largest=False).indices  # [kv_heads, outliers]
+            keys = layers(layer).keys[:, : chunks * self.chunk]
+            mean, odd = summary(keys, self.chunk, self.outliers)
             means.append(_tiled(mean.to(facts.dtype)))
-            skipped.append(torch.zeros(alike.shape, dtype=torch.bool).scatter_(1, odd, True))
+            skipped.append(torch.zeros(mean.shape[:2], dtype=torch.bool).scatter_(1, odd, True))
             places = (odd[..., None] * self.chunk + inside).flatten(1)
             always.append(torch.cat([places, local], dim=1))
         return Chunks(self, facts, tuple(means), tuple(skipped), tuple(always))
+
+
+def summary(keys: Tensor, chunk: int, outliers: int) -> tuple[Tensor, Tensor]:
+    """Of whole chunks of ``keys`` ``[kv_heads, n, head_dim]`` the means, and which are outliers.
+
+    Float32 ``[kv_heads, n / chunk, head_dim]``, and int64 ``[kv_heads, outliers]``: the chunks
+    that have the key least like their mean.
+    """
+    parts = keys.float().unflatten(1, (-1, chunk))
+    mean = parts.mean(2)
+    alike = torch.cosine_similarity(parts, mean[:, :, None], dim=-1).amin(-1)
+    return mean, alike.topk(outliers, dim=-1, largest=False).indices
 
 
 def _tiled(means: Tensor) -> Tensor:

@@ -52,7 +52,8 @@ class Notes:
 class Keeper:
     """One engine's recipe at work. ``page_bytes``: of the pool.
 
-    ``mass``: whether a method looks at the attention that entries receive.
+    ``mass``: whether a method looks at the attention that entries receive. ``window``: how many of
+    the last queries methods look at.
     """
 
     def __init__(
@@ -71,6 +72,8 @@ class Keeper:
         select = recipe.select
         self._weighed = recipe.store if isinstance(recipe.store, Weighed) else None
         self.mass = self._weighed is not None or (select is not None and select.mass)
+        looking = [method.window for method in (select, recipe.fetch) if method is not None]
+        self.window = max(looking, default=0)
         self._notes: WeakKeyDictionary[Segment, Notes] = WeakKeyDictionary()
         self._settled: WeakSet[Seq] = WeakSet()  # need no view, since all of the prompt is kept
 
@@ -85,7 +88,7 @@ class Keeper:
     ) -> None:
         """Look at a layer's attention: ``q`` (rotated) and ``out`` ``[tokens, heads, head_dim]``.
 
-        Keeps what selector and store want to see, and replaces what a sparse prefill computes.
+        Keeps what methods want to see, and replaces what a sparse prefill computes.
         """
         select, sparse = self.recipe.select, self.recipe.sparse
         online = select is not None and select.online
@@ -98,15 +101,15 @@ class Keeper:
                 start = work.item.start
                 out[rows] = sparse.attend(self.facts, layer, q[rows], entries, start).to(out.dtype)
             decoding = work.node is None
-            if (select is None and not self.mass) or (decoding and not online):
+            if not (select or self.mass or self.window) or (decoding and not online):
                 continue
             segment = work.sequence.leaf.segment if decoding else work.item.segment
             assert segment is not None
             notes = self.notes(segment)
             notes.rows += work.item.count if layer == 0 else 0
-            if select is not None and select.window:
+            if self.window:
                 known = notes.queries[layer] if layer < len(notes.queries) else q[:0]
-                _put(notes.queries, layer, torch.cat([known, q[rows]])[-select.window :].clone())
+                _put(notes.queries, layer, torch.cat([known, q[rows]])[-self.window :].clone())
             if self.mass:
                 self._add_mass(notes, work.item, layer, q[rows], positions[rows])
 
@@ -145,7 +148,7 @@ class Keeper:
         for work in works:
             if work.node is None:
                 for node in work.sequence.leaf.path():
-                    tokens = work.sequence.prompt[node.kv_start : node.end]
+                    tokens = work.sequence.prompt[: node.end]
                     segment = node.segment
                     if segment is not None and segment not in found:
                         index = self._index(segment, node.kv_start, tokens)
@@ -165,7 +168,13 @@ class Keeper:
                 parts = held(self.arena, segment, start, layer)  # the arena's last
                 return join(parts[:-1] or parts)
 
-            notes.index, notes.indexed = fetch.index(self.facts, layers, tokens), size
+            def queries(layer: int) -> Tensor:
+                return self._queries([notes], layer, fetch.window)
+
+            notes.index = fetch.index(self.facts, layers, tokens, queries)
+            notes.indexed = size
+            if self.recipe.select is None or notes.selected:
+                notes.queries = []  # nobody else looks at them
         return notes.index
 
     def reader(self, seq: Seq, token: int) -> Reader:
@@ -241,8 +250,7 @@ class Keeper:
         def queries(layer: int) -> Tensor:
             select = self.recipe.select
             assert select is not None
-            known = [n.queries[layer] for n in chain if layer < len(n.queries)]
-            return torch.cat(known)[-select.window :]
+            return self._queries(chain, layer, select.window)
 
         def mass(layer: int) -> Tensor:
             size = len(self.path_entries(item, layer))
@@ -261,6 +269,13 @@ class Keeper:
             mass,
             chain[-1].state if seq.leaf.id in self.world.views else {},
         )
+
+    def _queries(self, chain: Sequence[Notes], layer: int, window: int) -> Tensor:
+        """The last ``window`` queries that were watched on a path, or fewer."""
+        none = self.arena.keys.new_empty(0, self.facts.heads, self.facts.head_dim)
+        known = [notes.queries[layer] for notes in chain if layer < len(notes.queries)]
+        found = torch.cat([none, *known])
+        return found[max(0, len(found) - window) :]
 
     def _watched(self, seq: Seq) -> bool:
         """Whether the selector can be shown what it wants to see of the prompt.
@@ -297,8 +312,11 @@ class Keeper:
         longest = max(len(entries) for entries in held_now)
         mass = [torch.nn.functional.pad(m, (0, longest - m.shape[1])) for m in mass]
         notes = Notes(mass=mass, state=seen.state, selected=seen.tokens)
-        if select.window and select.online:
-            notes.queries = [seen.queries(layer) for layer in range(self.facts.layers)]
+        fetch = self.recipe.fetch
+        if (select.window and select.online) or (fetch is not None and fetch.window):
+            above = [self.notes(segment) for segment, _ in _segments(seq.leaf.path())]
+            layers = range(self.facts.layers)
+            notes.queries = [self._queries(above, layer, self.window) for layer in layers]
         segment = self.world.view(seq, longest)
         if segment is None:
             return  # no room: the sequence starts again, alone

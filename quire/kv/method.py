@@ -393,12 +393,30 @@ class Index(Protocol):
 
 
 class Fetch(Protocol):
-    """Which entries a query reads while decoding. Prefill reads everything."""
+    """Which entries a query reads while decoding. Prefill reads everything.
+
+    ``window``: how many of a node's last queries `index` looks at.
+    """
+
+    @property
+    def window(self) -> int:
+        """Last queries that `index` looks at."""
+        ...
 
     def index(
-        self, facts: Facts, layers: Callable[[int], Entries], tokens: NDArray[np.int32]
+        self,
+        facts: Facts,
+        layers: Callable[[int], Entries],
+        tokens: NDArray[np.int32],
+        queries: Callable[[int], Tensor],
     ) -> Index | None:
-        """Look at a node's complete entries, layer by layer; None: too few to be worth it."""
+        """Look at a node's complete entries, layer by layer; None: too few to be worth it.
+
+        ``tokens``: the ids from the prompt's first token to the node's last, so that they are
+        counted as entries' positions are. ``queries(layer)``: the node's last ``window`` rotated
+        queries ``[w, heads, head_dim]``; fewer if it is shorter, and none at all if a later prompt
+        has cut the node in two.
+        """
         ...
 
 

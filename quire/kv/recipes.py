@@ -15,6 +15,7 @@ from typing import Any, get_args, get_type_hints
 
 from quire.errors import InvalidRequestError
 from quire.kv.fetch.landmarks import Landmarks
+from quire.kv.fetch.squeezed import SqueezedAttention
 from quire.kv.method import Facts, Recipe
 from quire.kv.select.chelsea import SoftMatching
 from quire.kv.select.elastic import Anchors
@@ -60,6 +61,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "cskv": ChannelShrinking,
     "lowrank": LowRankKeys,
     "shadowkv": shadowkv,
+    "squeezed": SqueezedAttention,
 }
 
 AXES = ("select", "store", "fetch", "sparse", "shorten")

@@ -99,7 +99,13 @@ class SelectAll:
 class FetchAll:
     """Chooses every entry, in a strange order."""
 
-    def index(self, facts: Facts, layers: Any, tokens: Any) -> FetchAll.All:
+    window: int = 3
+
+    def index(self, facts: Facts, layers: Any, tokens: Any, queries: Any) -> FetchAll.All:
+        entries = layers(0)
+        assert len(tokens) > int(entries.positions.max())
+        assert queries(facts.layers - 1).shape[1:] == (facts.heads, facts.head_dim)
+        assert len(queries(0)) <= 3
         return self.All(len(layers(facts.layers - 1)), facts.kv_heads)
 
     @dataclass(frozen=True)

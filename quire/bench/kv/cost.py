@@ -39,9 +39,20 @@ class Counting:
     chosen: int = 0
     offered: int = 0
 
-    def index(self, facts: Facts, layers: Callable[[int], Entries], tokens: Tokens) -> Index | None:
+    @property
+    def window(self) -> int:
+        """See `Fetch.window`."""
+        return self.fetch.window
+
+    def index(
+        self,
+        facts: Facts,
+        layers: Callable[[int], Entries],
+        tokens: Tokens,
+        queries: Callable[[int], Tensor],
+    ) -> Index | None:
         """See `Fetch.index`."""
-        found = self.fetch.index(facts, layers, tokens)
+        found = self.fetch.index(facts, layers, tokens, queries)
         return None if found is None else CountingIndex(found, self, len(layers(0)))
 
 

@@ -28,8 +28,15 @@ class Landmarks:
     outliers: int = 48
     local: int = 4
     axis: ClassVar[str] = "fetch"
+    window: ClassVar[int] = 0
 
-    def index(self, facts: Facts, layers: Callable[[int], Entries], tokens: Tokens) -> Index | None:
+    def index(
+        self,
+        facts: Facts,
+        layers: Callable[[int], Entries],
+        tokens: Tokens,
+        queries: Callable[[int], Tensor],
+    ) -> Index | None:
         """See `Fetch.index`."""
         entries = len(layers(0))
         chunks = entries // self.chunk - self.local

@@ -33,6 +33,10 @@ def facts(heads: tuple[int, int], dim: int, dtype: torch.dtype) -> Facts:
     )
 
 
+def unasked(_layer: int) -> torch.Tensor:
+    raise AssertionError("no queries are needed")
+
+
 def entries(n: int, heads: int, dim: int, dtype: torch.dtype) -> Entries:
     keys, values = torch.randn(2, heads, n, dim).to(dtype)
     return Entries(keys, values, torch.arange(n).expand(heads, n))
@@ -43,7 +47,7 @@ def index_of(
 ) -> tuple[Chunks, list[Entries]]:
     layers = [entries(n, heads[0], dim, dtype) for _ in range(2)]
     known = facts(heads, dim, dtype)
-    index = method.index(known, layers.__getitem__, np.zeros(n, dtype=np.int32))
+    index = method.index(known, layers.__getitem__, np.zeros(n, dtype=np.int32), unasked)
     assert isinstance(index, Chunks)
     return index, layers
 
@@ -114,9 +118,9 @@ def test_too_few_entries_to_be_worth_it() -> None:
     method = Landmarks(budget=64, chunk=8, outliers=4, local=2)
     layer = entries(64 + 32 + 16, 1, 16, torch.float32)
     known = facts((1, 1), 16, torch.float32)
-    assert method.index(known, lambda _: layer, np.zeros(112, dtype=np.int32)) is None
+    assert method.index(known, lambda _: layer, np.zeros(112, dtype=np.int32), unasked) is None
     layer = entries(64 + 32 + 16 + 8, 1, 16, torch.float32)
-    assert method.index(known, lambda _: layer, np.zeros(120, dtype=np.int32)) is not None
+    assert method.index(known, lambda _: layer, np.zeros(120, dtype=np.int32), unasked) is not None
 
 
 def test_bytes() -> None:

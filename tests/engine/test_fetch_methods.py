@@ -1,0 +1,97 @@
+"""Every fetch in the engine: batches, chunks, shared prefixes, views, little memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_engine import pages_needed, random_requests, run, tokens
+from test_select_methods import Grouped, requests_of
+
+from quire import LLM, SamplingParams
+from quire.engine.request import EngineRequest
+from quire.kv.recipes import parse
+
+SMALL = {  # -> the same, with a budget for everything
+    "squeezed(keep=0.2,window=6,centroids=0.2)": "squeezed(keep=1.0,window=6,centroids=0.2)",
+    "squeezed(keep=0.2,window=6,centroids=0.3,levels=2,top=0.1)": "squeezed(keep=1.0,window=3)",
+}
+
+
+def a_tree(seed: int, output: int = 12) -> list[EngineRequest]:
+    """Prompts with a long common beginning, two samples each."""
+    rng = np.random.default_rng(seed)
+    shared = rng.integers(1, 256, 120).tolist()
+    ends = [rng.integers(1, 256, size).tolist() for size in (1, 40, 70, 3)]
+    return requests_of([[*shared, *end] for end in ends], output, 2)
+
+
+@pytest.mark.parametrize("text", SMALL)
+def test_chunks_and_kernels_change_nothing(text: str) -> None:
+    requests = a_tree(1)
+    recipe = parse(text)
+    exact, _ = run(requests, model=Grouped())
+    wanted, _ = run(requests, model=Grouped(), recipe=recipe)
+    assert tokens(wanted) != tokens(exact)
+    for chunk, plain in ((512, True), (31, False)):
+        found, _ = run(requests, model=Grouped(), recipe=recipe, chunk=chunk, plain=plain)
+        assert tokens(found) == tokens(wanted)
+
+
+@pytest.mark.parametrize("text", SMALL.values())
+def test_a_budget_for_everything_reads_everything(text: str) -> None:
+    for seed in (1, 2):
+        exact, _ = run(a_tree(seed), model=Grouped())
+        found, _ = run(a_tree(seed), model=Grouped(), recipe=parse(text))
+        assert tokens(found) == tokens(exact)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", SMALL)
+@settings(max_examples=10, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    extra=st.sampled_from([0, 2, 50]),
+    chunk=st.sampled_from([3, 64]),
+    windows=st.sampled_from([None, 2]),
+    also=st.sampled_from(["", "snapkv(budget=40,window=4)+", "streaming(budget=60,every=none)+"]),
+)
+def test_any_memory_will_do(
+    text: str, seed: int, extra: int, chunk: int, windows: int | None, also: str
+) -> None:
+    requests = random_requests(seed)
+    pages = max(map(pages_needed, requests)) + extra
+    found, _ = run(requests, recipe=parse(also + text), pages=pages, chunk=chunk, windows=windows)
+    for request in requests:
+        samples = found[request.id].samples
+        assert len(samples) == request.params.n
+        for sample in samples:
+            full = len(sample.token_ids) == request.params.max_tokens
+            assert full or sample.finish_reason == "stop"
+
+
+def test_views_and_packed_entries() -> None:
+    """After a selection, and of what a store has packed, in one recipe."""
+    for text in SMALL:
+        recipe = parse(f"snapkv(budget=100,window=8)+kivi(bits=4,residual=16)+{text}")
+        requests = a_tree(3)
+        whole, _ = run(requests, model=Grouped(), recipe=recipe)
+        tight, _ = run(
+            requests, model=Grouped(), recipe=recipe, pages=2 * max(map(pages_needed, requests))
+        )
+        assert tokens(tight) == tokens(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", SMALL)
+def test_the_demonstration_model(text: str) -> None:
+    story = "It was a dark and stormy night, and the old man sat by the fire. " * 6
+    prompts = [story + end for end in ("Then", "The dog barked and", "She said that")]
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, n=2)
+    outputs = []
+    for chunk in (512, 33):
+        with LLM("demo", kv=text, kv_memory="64MiB", chunk=chunk, dtype="float32") as llm:
+            outputs.append([o.outputs[0].token_ids for o in llm.generate(prompts, params)])
+    assert outputs[0] == outputs[1]
+    assert all(len(ids) == 12 for ids in outputs[0])

@@ -14,6 +14,8 @@ from quire.models.decoder import Decoder
 from quire.models.tokenizer import Tokenizer
 
 CALIBRATION_TOKENS = 1024
+FULL_STOPS = tuple(".!?…。！？")
+AFTER_STOPS = " \t\r\n\"'”’»)]}*_"  # may follow in the same token
 
 
 def make_facts(model: Decoder, tokenizer: Tokenizer | None) -> Facts:
@@ -43,6 +45,17 @@ def make_facts(model: Decoder, tokenizer: Tokenizer | None) -> Facts:
         turn,
         functools.cache(lambda: _calibrate(model, tokenizer)),
         spec.softcap,
+        functools.cache(lambda: _sentence_ends(spec.vocab_size, tokenizer)),
+    )
+
+
+def _sentence_ends(vocab: int, tokenizer: Tokenizer | None) -> Tensor | None:
+    """Tokens that close with a full stop or the like, or hold a blank line; bool ``[vocab]``."""
+    if tokenizer is None:
+        return None
+    texts = (tokenizer.token_text(token) for token in range(vocab))
+    return torch.tensor(
+        [text.rstrip(AFTER_STOPS).endswith(FULL_STOPS) or text.count("\n") > 1 for text in texts]
     )
 
 

@@ -141,6 +141,10 @@ class Calibration:
     values: list[Tensor]
 
 
+def _no_tokenizer() -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Facts:
     """What methods may know of the model.
@@ -148,7 +152,8 @@ class Facts:
     ``turn(layer, x, positions, back)`` rotates ``x`` ``[..., n, head_dim]`` at ``positions`` int64
     (that broadcast to ``[..., n]``) as the layer's RoPE does, or turns it back. ``calibrate`` gives
     a `Calibration` (computed once). ``windows``: of each layer, None where it sees everything.
-    ``softcap`` bounds the scaled scores: ``softcap * tanh(score / softcap)``.
+    ``softcap`` bounds the scaled scores: ``softcap * tanh(score / softcap)``. ``sentence_ends``
+    tells which tokens end a sentence, bool ``[vocab]`` (computed once), or None if nobody knows.
     """
 
     layers: int
@@ -162,6 +167,7 @@ class Facts:
     calibrate: Callable[[], Calibration]
     softcap: float | None = None
     _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    sentence_ends: Callable[[], Tensor | None] = _no_tokenizer
 
     @property
     def group(self) -> int:

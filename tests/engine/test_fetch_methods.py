@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engine import pages_needed, random_requests, run, tokens
 from test_select_methods import Grouped, requests_of
 
 from quire import LLM, SamplingParams
+from quire.engine.facts import _sentence_ends, make_facts
 from quire.engine.request import EngineRequest
 from quire.kv.recipes import parse
+from toy import ByteTokenizer
 
 SMALL = {  # -> the same, with a budget for everything
     "squeezed(keep=0.2,window=6,centroids=0.2)": "squeezed(keep=1.0,window=6,centroids=0.2)",
     "squeezed(keep=0.2,window=6,centroids=0.3,levels=2,top=0.1)": "squeezed(keep=1.0,window=3)",
+    "sentencekv(budget=24,sinks=4,recent=6,longest=8)": "sentencekv(budget=500)",
+    "sentencekv(budget=24,sinks=4,recent=6,whole_first=true)": "sentencekv(budget=130,longest=9)",
 }
 
 
@@ -71,16 +76,34 @@ def test_any_memory_will_do(
             assert full or sample.finish_reason == "stop"
 
 
-def test_views_and_packed_entries() -> None:
+@pytest.mark.parametrize("text", SMALL)
+def test_views_and_packed_entries(text: str) -> None:
     """After a selection, and of what a store has packed, in one recipe."""
-    for text in SMALL:
-        recipe = parse(f"snapkv(budget=100,window=8)+kivi(bits=4,residual=16)+{text}")
-        requests = a_tree(3)
-        whole, _ = run(requests, model=Grouped(), recipe=recipe)
-        tight, _ = run(
-            requests, model=Grouped(), recipe=recipe, pages=2 * max(map(pages_needed, requests))
-        )
-        assert tokens(tight) == tokens(whole)
+    recipe = parse(f"snapkv(budget=100,window=8)+kivi(bits=4,residual=16)+{text}")
+    requests = a_tree(3)
+    whole, _ = run(requests, model=Grouped(), recipe=recipe)
+    pages = 2 * max(map(pages_needed, requests))
+    tight, _ = run(requests, model=Grouped(), recipe=recipe, pages=pages)
+    assert tokens(tight) == tokens(whole)
+
+
+def test_ends_of_sentences() -> None:
+    found = make_facts(Grouped(), ByteTokenizer()).sentence_ends()  # type: ignore[arg-type]
+    assert found is not None
+    assert {chr(i) for i in found.nonzero().flatten().tolist()} == set(".!?")
+    assert make_facts(Grouped(), None).sentence_ends() is None  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_ends_of_sentences_of_a_real_tokenizer() -> None:
+    with LLM("demo", kv="sentencekv") as llm:
+        tokenizer = llm.tokenizer
+    ends = _sentence_ends(tokenizer.vocab_size, tokenizer)
+    assert ends is not None
+    ids = torch.tensor(tokenizer.encode('It was dark. "Who is there?" Nobody, said he!\n\nSo'))
+    text = [tokenizer.token_text(int(i)) for i in ids[ends[ids]]]
+    assert len(text) in (3, 4, 5)
+    assert all(any(c in one for c in ".?!\n") for one in text)
 
 
 @pytest.mark.slow

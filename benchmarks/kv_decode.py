@@ -72,9 +72,9 @@ class Keeper:
         """The indexes, made beforehand."""
         return self.found
 
-    def reader(self, _sequence: Any, token: int) -> Reader:
+    def reader(self, _sequence: Any, token: int, position: int) -> Reader:
         """Nobody keeps state here."""
-        return Reader(token, {})
+        return Reader(token, position, {})
 
     def watch(self, *_arguments: Any) -> None:
         """Nothing is selected."""

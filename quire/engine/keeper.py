@@ -177,9 +177,9 @@ class Keeper:
                 notes.queries = []  # nobody else looks at them
         return notes.index
 
-    def reader(self, seq: Seq, token: int) -> Reader:
-        """The state that a decoding sequence keeps for a fetcher."""
-        return Reader(token, self.notes(seq.tail).state)
+    def reader(self, seq: Seq, token: int, position: int) -> Reader:
+        """What a fetcher may know of a row, and the state that its sequence keeps for it."""
+        return Reader(token, position, self.notes(seq.tail).state)
 
     # After the forward pass, before sampling.
 

@@ -118,7 +118,11 @@ class Runner:
         scale, softcap = spec.scale, spec.softcap
         windows = [layer.window for layer in spec.layers]
         items, reads = composed.reads_of([w.item for w in works], keeper.indexes(works).get)
-        readers = [keeper.reader(w.sequence, int(t)) for w in works for t in w.tokens]
+        readers = [
+            keeper.reader(work.sequence, int(token), work.item.start + place)
+            for work in works
+            for place, token in enumerate(work.tokens)
+        ]
         tiled = isinstance(arena, TiledArena) and not self.plain
         plans = self._plans(items) if tiled else {}
         if tiled:

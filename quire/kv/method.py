@@ -373,9 +373,13 @@ class Select(Protocol):
 
 @dataclass
 class Reader:
-    """One row that fetches: the token id that it computes, and the method's own state."""
+    """One row that fetches: the token id that it computes and that token's position.
+
+    ``state`` is the method's own, kept with the sequence.
+    """
 
     token: int
+    position: int
     state: dict[str, Any]
 
 

@@ -15,6 +15,7 @@ from typing import Any, get_args, get_type_hints
 
 from quire.errors import InvalidRequestError
 from quire.kv.fetch.landmarks import Landmarks
+from quire.kv.fetch.quantised import QuantisedKeys
 from quire.kv.fetch.sentences import SentenceBuckets
 from quire.kv.fetch.squeezed import SqueezedAttention
 from quire.kv.method import Facts, Recipe
@@ -64,6 +65,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "shadowkv": shadowkv,
     "squeezed": SqueezedAttention,
     "sentencekv": SentenceBuckets,
+    "a2ats": QuantisedKeys,
 }
 
 AXES = ("select", "store", "fetch", "sparse", "shorten")

@@ -104,10 +104,10 @@ class SqueezedAttention:
         finest = Level(means.to(dtype), sizes, labels.to(_smallest(clusters + 1)))
         if self.levels == 1:
             return (finest,)
-        count = min(clusters, max(1, round(self.top * old)))
-        _, labels = cluster(normalize(means, dim=-1), count, self.iterations)
-        means, sizes = means_of(means, labels, count, sizes)
-        return finest, Level(means.to(dtype), sizes, labels.to(_smallest(count)))
+        upper = min(clusters, max(1, round(self.top * old)))
+        _, labels = cluster(normalize(means, dim=-1), upper, self.iterations)
+        means, sizes = means_of(means, labels, upper, sizes)
+        return finest, Level(means.to(dtype), sizes, labels.to(_smallest(upper)))
 
 
 def _smallest(most: int) -> torch.dtype:

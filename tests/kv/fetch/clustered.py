@@ -123,8 +123,8 @@ class Node:
         return make(self.facts, self.entries.__getitem__, tokens, queries)
 
 
-def readers(rows: int, token: int = 5) -> list[Reader]:
-    return [Reader(token, {}) for _ in range(rows)]
+def readers(rows: int, token: int = 5, position: int = 3000) -> list[Reader]:
+    return [Reader(token, position, {}) for _ in range(rows)]
 
 
 def chosen(found: tuple[Tensor, Tensor | None]) -> list[list[list[int]]]:

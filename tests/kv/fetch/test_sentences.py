@@ -78,7 +78,7 @@ def test_against_the_algorithm(heads: int, kv_heads: int, start: int) -> None:
     since = [[], []]  # type: list[list[Tensor]]
     for written in ([WORD, WORD], [WORD, END], [END, WORD], [WORD, WORD]):
         q = node.rows(1, 2)
-        rows = [Reader(token, state) for token, state in zip(written, states, strict=True)]
+        rows = [Reader(token, 500, state) for token, state in zip(written, states, strict=True)]
         found = chosen(index.choose(1, q, rows))
         for row in range(2):
             since[row].append(q[row].double().unflatten(0, (kv_heads, -1)).mean(1))
@@ -131,7 +131,7 @@ def test_the_choice_changes_slowly() -> None:
     """Less with the mean query than if every token chose by its own."""
     node, index = made(1000)
     topic = torch.full((1,), 3)
-    same, fresh, other = Reader(WORD, {}), [], []
+    same, fresh, other = Reader(WORD, 500, {}), [], []
     for _ in range(12):
         q = node.ask(0, topic) + 2 * node.draw(1, 4, 32)
         fresh.append(set(chosen(index.choose(0, q, readers(1, WORD)))[0][0]))
@@ -148,7 +148,7 @@ def test_the_first_token_of_a_sentence_may_read_everything() -> None:
     states: list[dict[object, object]] = [{}, {}]
     sizes = []
     for written in ([WORD, END], [WORD, WORD], [WORD, WORD]):
-        rows = [Reader(token, state) for token, state in zip(written, states, strict=True)]
+        rows = [Reader(token, 500, state) for token, state in zip(written, states, strict=True)]
         found = chosen(index.choose(0, node.rows(0, 2), rows))
         sizes.append([len(heads[0]) for heads in found])
     assert sizes == [[300, 300], [80, 300], [80, 80]]

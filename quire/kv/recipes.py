@@ -17,6 +17,7 @@ from quire.errors import InvalidRequestError
 from quire.kv.fetch.landmarks import Landmarks
 from quire.kv.fetch.quantised import QuantisedKeys
 from quire.kv.fetch.sentences import SentenceBuckets
+from quire.kv.fetch.sparf import LoudChannels
 from quire.kv.fetch.squeezed import SqueezedAttention
 from quire.kv.method import Facts, Recipe
 from quire.kv.select.chelsea import SoftMatching
@@ -66,6 +67,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "squeezed": SqueezedAttention,
     "sentencekv": SentenceBuckets,
     "a2ats": QuantisedKeys,
+    "sparf": LoudChannels,
 }
 
 AXES = ("select", "store", "fetch", "sparse", "shorten")

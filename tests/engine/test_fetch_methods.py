@@ -20,6 +20,8 @@ SMALL = {  # -> the same, with a budget for everything
     "squeezed(keep=0.2,window=6,centroids=0.2)": "squeezed(keep=1.0,window=6,centroids=0.2)",
     "squeezed(keep=0.2,window=6,centroids=0.3,levels=2,top=0.1)": "squeezed(keep=1.0,window=3)",
     "sentencekv(budget=24,sinks=4,recent=6,longest=8)": "sentencekv(budget=500)",
+    "sparf(budget=0.1,channels=2,recent=4,page=4)": "sparf(budget=500)",
+    "sparf(budget=12,channels=0.5,recent=1,page=1,tier=disk)": "sparf(budget=0.9,page=16)",
     "a2ats(keep=0.05,sinks=2,recent=6,distance=100)": "a2ats(keep=0.5)",
     "sentencekv(budget=24,sinks=4,recent=6,whole_first=true)": "sentencekv(budget=130,longest=9)",
 }

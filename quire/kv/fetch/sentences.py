@@ -30,10 +30,10 @@ class SentenceBuckets:
     there is no tokenizer, always then. A sentence is known by the mean of its rotated keys. It is
     compared with the mean of the queries of the output's current sentence, also over the query
     heads of a KV head; sentences are taken, best first, until the budget is full, the last one in
-    part. The first ``sinks`` tokens of the prompt and the last ``recent`` of the node are always
-    read and count. ``whole_first``: the first token of a sentence, whose query is no mean yet,
-    reads everything, as in the authors' code; not so by default, since then hardly a step of a
-    batch would read less.
+    part. The first ``sinks`` tokens of the prompt and the last ``recent`` of the node (at most a
+    quarter of the budget each) are always read, and count. ``whole_first``: the first token of a
+    sentence, whose query is no mean yet, reads everything, as in the authors' code; not so by
+    default, since then hardly a step of a batch would read less.
 
     The means depend on no query, so that all readers of a node share them. The authors first drop
     tokens as SnapKV does: ``snapkv(budget=...)+sentencekv(budget=...)`` is that, with three to
@@ -49,9 +49,7 @@ class SentenceBuckets:
     window: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
-        room = self.budget - self.sinks - self.recent
-        least = f"sinks and recent take {self.sinks + self.recent}."
-        require(room > 0, f"budget={self.budget} leaves no room for sentences: {least}")
+        require(self.budget >= 4, f"budget={self.budget}: at least 4 tokens.")
         require(self.longest >= 1, f"longest={self.longest}: at least 1 token.")
 
     def index(
@@ -80,7 +78,8 @@ class SentenceBuckets:
         place, count = torch.arange(whole), held(entries)[:, None]
         valid = place < count
         means, _ = means_of(entries.keys.float(), labels, int(labels.max()) + 1, valid)
-        always = valid & ((entries.positions < self.sinks) | (place >= count - self.recent))
+        sinks, recent = (min(zone, self.budget // 4) for zone in (self.sinks, self.recent))
+        always = valid & ((entries.positions < sinks) | (place >= count - recent))
         within, sizes = _places(labels[heads], (valid & ~always)[heads], means.shape[1])
         within = within.masked_fill(always[heads], -whole).masked_fill(~valid[heads], 2 * whole)
         return Layer(

@@ -298,7 +298,11 @@ def add_reads(
     found = []
     for choice in reads.choices:
         rows = slice(choice.row, choice.row + choice.rows)
-        found.append((choice, *choice.index.choose(layer, q[rows], readers[rows])))
+        places, mask = choice.index.choose(layer, q[rows], readers[rows])
+        if window is not None:
+            near = positions[rows, None, None] - choice.start - places < window
+            mask = near if mask is None else mask & near
+        found.append((choice, places, mask))
     if plans is not None and isinstance(arena, TiledArena):
         in_arena = [f for f in found if not f[0].segment.stored]
         found = [f for f in found if f[0].segment.stored]

@@ -8,13 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engine import pages_needed, random_requests, run, tokens
+from test_recipes import FetchAll
 from test_select_methods import Grouped, requests_of
 
 from quire import LLM, SamplingParams
 from quire.engine.facts import _sentence_ends, make_facts
 from quire.engine.request import EngineRequest
+from quire.kv.method import Recipe
 from quire.kv.recipes import parse
-from toy import ByteTokenizer
+from toy import ByteTokenizer, MockModel, spec
 
 SMALL = {  # -> the same, with a budget for everything
     "squeezed(keep=0.2,window=6,centroids=0.2)": "squeezed(keep=1.0,window=6,centroids=0.2)",
@@ -53,6 +55,16 @@ def test_a_budget_for_everything_reads_everything(text: str) -> None:
         exact, _ = run(a_tree(seed), model=Grouped())
         found, _ = run(a_tree(seed), model=Grouped(), recipe=parse(text))
         assert tokens(found) == tokens(exact)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("text", [None, *SMALL.values()])
+def test_a_window_hides_what_is_chosen(text: str | None, plain: bool) -> None:
+    recipe = Recipe(fetch=FetchAll()) if text is None else parse(text)
+    requests = a_tree(1)
+    exact, _ = run(requests, model=MockModel(spec(window=20)))
+    found, _ = run(requests, model=MockModel(spec(window=20)), recipe=recipe, plain=plain)
+    assert tokens(found) == tokens(exact)
 
 
 @pytest.mark.slow

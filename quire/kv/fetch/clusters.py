@@ -37,12 +37,13 @@ def _first(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
     at = torch.randint(n, (heads, 1), generator=generator)
     drawn = [points[each, at]]
     far = points.new_full((heads, n), torch.inf)
+    sizes = points.square().sum(-1)[..., None]
     left, step = count - 1, -(-count // ROUNDS)
     while left:
         new = drawn[-1]
-        apart = points.square().sum(-1)[..., None] + new.square().sum(-1)[:, None]
-        apart = (apart - 2 * points @ new.mT).amin(-1)
-        far = torch.minimum(far, apart.clamp(min=0)).scatter_(1, at, 0)
+        offset = new.square().sum(-1)[:, None]
+        apart = torch.baddbmm(offset, points, new.mT, alpha=-2).amin(-1, keepdim=True) + sizes
+        far = torch.minimum(far, apart[..., 0].clamp(min=0)).scatter_(1, at, 0)
         take = min(step, left)
         weights = far + 1e-12 * far.sum(-1, keepdim=True) + 1e-30
         at = torch.multinomial(weights, take, replacement=take > n, generator=generator)

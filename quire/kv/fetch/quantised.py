@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from quire.kv.fetch.choosing import held, largest, listed
+from quire.kv.fetch.choosing import before, held, listed, places_within
 from quire.kv.fetch.clusters import cluster, nearest
 from quire.kv.method import Entries, Facts, Index, Reader
 from quire.kv.select.budget import require
@@ -29,7 +29,7 @@ class QuantisedKeys:
     token's score is looked up in a table of the codes' scores. Every query head takes its best
     ``keep``, and a KV head reads what any head of its group has taken: up to the group's size times
     ``keep``. The first ``sinks`` tokens of the prompt and the last ``recent`` of the node are
-    always read.
+    always read. Tokens of one code are as good as each other; the first ones are taken.
 
     The codebook is fitted to the error of scores, not of keys: with ``H`` the queries' second
     moment at that distance and ``L L^T = H``, k-means runs on ``k L``, since the mean of
@@ -71,15 +71,18 @@ class QuantisedKeys:
         found = [self._encode(facts, layer, layers(layer), book) for layer in range(facts.layers)]
         return Codes(self, facts, book, tuple(found), count)
 
-    def _encode(self, facts: Facts, layer: int, entries: Entries, book: Codebook) -> Tensor:
+    def _encode(self, facts: Facts, layer: int, entries: Entries, book: Codebook) -> Layer:
         keys = facts.unrotate(layer, entries.keys.float(), entries.positions)
-        code, centres = book.whiten[layer], book.centres[layer].float()
-        codes = nearest(keys @ code, centres @ code)
-        # Two more codes: what every query reads, and what is not there.
+        whiten, centres = book.whiten[layer], book.centres[layer].float()
+        codes = nearest(keys @ whiten, centres @ whiten)
         place, count = torch.arange(len(entries)), held(entries)[:, None]
+        valid = place < count
         always = (entries.positions < self.sinks) | (place >= count - self.recent)
-        codes = codes.masked_fill(always, len(centres[0]))
-        return codes.masked_fill(place >= count, len(centres[0]) + 1).short()
+        within, sizes = places_within(codes, valid & ~always, centres.shape[1])
+        dtype = torch.int16 if len(entries) < 1 << 15 else torch.int32
+        never = torch.iinfo(dtype).max
+        within = within.masked_fill(always, -1).masked_fill(~valid, never)
+        return Layer(codes.short(), within.to(dtype), sizes.int())
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,36 +129,45 @@ def _fit(method: QuantisedKeys, facts: Facts) -> Codebook:
 
 
 @dataclass(frozen=True)
-class Codes:
-    """The codes of one segment's keys: of each layer int16 ``[kv_heads, n]``.
+class Layer:
+    """One layer's codes int16 ``[kv_heads, n]``.
 
-    They may be two more than the codebook has: for what every query reads, and what is not valid.
-    ``count``: tokens that a query head takes.
+    ``within`` int16 or int32 ``[kv_heads, n]``: which one of its code's tokens each is, less than
+    zero for those that are always read, and more than there are for what is not valid; ``sizes``
+    int32 ``[kv_heads, codes]``: tokens of each code that are not always read.
     """
+
+    codes: Tensor
+    within: Tensor
+    sizes: Tensor
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The codes of one segment's keys. ``count``: tokens that a query head takes."""
 
     method: QuantisedKeys
     facts: Facts
     book: Codebook
-    codes: tuple[Tensor, ...]
+    layers: tuple[Layer, ...]
     count: int
 
     @property
     def nbytes(self) -> int:
         """Bytes held in RAM, but for the codebook, which is the model's."""
-        return sum(codes.nbytes for codes in self.codes)
+        return sum(x.nbytes for layer in self.layers for x in vars(layer).values())
 
     def choose(
         self, layer: int, q: Tensor, readers: Sequence[Reader]
     ) -> tuple[Tensor, Tensor | None]:
         """See `Index.choose`."""
-        codes, centres = self.codes[layer].long(), self.book.centres[layer].float()
+        known, centres = self.layers[layer], self.book.centres[layer].float()
         at = torch.tensor([reader.position for reader in readers])[:, None]
         far = self.facts.unrotate(layer, q.float(), at)
         far = self.facts.rotate(layer, far, torch.tensor(self.method.distance))
         rows = far.unflatten(1, (self.facts.kv_heads, -1))  # [rows, kv_heads, group, head_dim]
-        table = torch.einsum("rhgd,hcd->rhgc", rows, centres) * self.facts.scale
-        table = torch.nn.functional.pad(table, (0, 2), value=-torch.inf)
-        scores = table.gather(-1, codes[:, None].expand(*table.shape[:3], -1))
-        last = centres.shape[1]
-        read = largest(scores, self.count).any(2) & (codes < last)
-        return listed(read | (codes == last))
+        table = torch.einsum("rhgd,hcd->rhgc", rows, centres)
+        # How many tokens of each code a head takes, and the group: best codes first.
+        taken = (self.count - before(table, known.sizes[:, None])).clamp(min=0).amax(2)
+        codes = known.codes.long().expand(len(q), -1, -1)
+        return listed(known.within < taken.gather(-1, codes))

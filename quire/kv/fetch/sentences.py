@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quire.kv.fetch.choosing import held, listed
+from quire.kv.fetch.choosing import before, held, listed, places_within
 from quire.kv.fetch.clusters import means_of
 from quire.kv.method import Entries, Facts, Index, Reader
 from quire.kv.select.budget import require
@@ -80,7 +80,7 @@ class SentenceBuckets:
         means, _ = means_of(entries.keys.float(), labels, int(labels.max()) + 1, valid)
         sinks, recent = (min(zone, self.budget // 4) for zone in (self.sinks, self.recent))
         always = valid & ((entries.positions < sinks) | (place >= count - recent))
-        within, sizes = _places(labels[heads], (valid & ~always)[heads], means.shape[1])
+        within, sizes = places_within(labels[heads], (valid & ~always)[heads], means.shape[1])
         within = within.masked_fill(always[heads], -whole).masked_fill(~valid[heads], 2 * whole)
         return Layer(
             means.to(entries.keys.dtype),
@@ -99,18 +99,6 @@ def sentence_numbers(tokens: Tensor, ends: Tensor | None, longest: int) -> Tenso
         begins[1:] |= ends[tokens[:-1].long()]
     since = place - torch.where(begins, place, 0).cummax(0).values
     return (since % longest == 0).cumsum(0) - 1
-
-
-def _places(labels: Tensor, free: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Which one of its sentence's free tokens each is ``[heads, n]``; how many ``[heads, count]``.
-
-    Of tokens that are not free, nothing is said.
-    """
-    sizes = torch.zeros(len(labels), count, dtype=torch.int64)
-    sizes.scatter_add_(1, labels, free.long())
-    order = labels.masked_fill(~free, count).argsort(dim=1, stable=True)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1]).expand_as(order))
-    return rank - (sizes.cumsum(1) - sizes).gather(1, labels), sizes
 
 
 @dataclass(frozen=True)
@@ -156,11 +144,8 @@ class Sentences:
         known = self.layers[layer]
         mean, seen = self._mean_query(layer, q, readers)
         alike = torch.einsum("rhd,hcd->rhc", mean, known.means.float())
-        order = alike.argsort(dim=-1, descending=True, stable=True)
-        sizes = known.sizes.long().expand(alike.shape).gather(-1, order)
-        before = torch.empty_like(order).scatter_(-1, order, sizes.cumsum(-1) - sizes)
         labels = known.labels.long().expand(*alike.shape[:2], -1)
-        read = before.gather(-1, labels) + known.within < known.room[:, None]
+        read = before(alike, known.sizes).gather(-1, labels) + known.within < known.room[:, None]
         if self.method.whole_first:
             everything = known.within < known.within.shape[1]  # what is valid
             read |= everything & (seen == 1)[:, None, None]

@@ -118,7 +118,8 @@ class Channels:
             scores = torch.einsum("rhgc,rhcn->rhgn", part, some)
         else:
             part = torch.zeros_like(rows).scatter_(-1, places, part)
-            scores = torch.einsum("rhgc,hcn->rhgn", part, keys.float())
+            many = part.transpose(0, 1).flatten(1, 2).to(keys.dtype) @ keys
+            scores = many.float().unflatten(1, (len(q), -1)).transpose(0, 1)
         said = part.abs().sum(-1) / rows.abs().sum(-1).clamp(min=1e-30)
         scores = scores * (self.facts.scale / said.clamp(min=1e-30).sqrt())[..., None]
         valid = torch.arange(n) < self.counts[layer][:, None]

@@ -79,7 +79,7 @@ def test_against_the_algorithm(heads: int, kv_heads: int, start: int) -> None:
         centres = book.centres[1][head].double()
         keys = facts.unrotate(1, node.entries[1].keys[head], everywhere).double()
         apart = torch.cdist(keys @ lower, centres @ lower)
-        codes = index.codes[1][head]
+        codes = index.layers[1].codes[head]
         mine = apart[torch.tensor(middle), codes[torch.tensor(middle)].long()]
         torch.testing.assert_close(mine, apart[middle].amin(-1), rtol=1e-3, atol=1e-4)
         for row, reader in enumerate(rows):
@@ -92,6 +92,7 @@ def test_against_the_algorithm(heads: int, kv_heads: int, start: int) -> None:
                 best = sorted(middle, key=lambda t: -score[t])[: math.ceil(0.1 * 330)]
                 worst[query] = (score, score[best[-1]])
                 taken |= {t for t in best if score[t] > score[best[-1]] + 1e-4}
+                assert len(best) == index.count
             read = set(found[row][head])
             assert always <= read
             assert taken <= read
@@ -122,7 +123,7 @@ def error_of_scores(node: Node, index: Codes) -> float:
     raw = with_texts(facts, 50, seed=11).calibrate().queries[0]
     far = facts.rotate(0, raw, torch.tensor(SMALL.distance)).unflatten(1, (facts.kv_heads, -1))
     keys = facts.unrotate(0, node.entries[0].keys, node.entries[0].positions)[:, 4:-16]
-    codes = index.codes[0][:, 4:-16].long()
+    codes = index.layers[0].codes[:, 4:-16].long()
     near = index.book.centres[0].gather(1, codes[..., None].expand_as(keys))
     exact = torch.einsum("rhgd,hnd->rhgn", far, keys)
     wrong = torch.einsum("rhgd,hnd->rhgn", far, near) - exact
@@ -201,12 +202,13 @@ def test_few_or_equal_tokens() -> None:
 
 
 def test_bytes() -> None:
-    """Two bytes for each token and head."""
+    """A code for each token and head, and which one of its code's tokens it is."""
     n = 4096
     facts = make_facts(8, 8, head_dim=128, dtype=torch.bfloat16)
     node = like_the_texts(with_texts(facts, tokens=64), n)
     node.facts = with_texts(facts, tokens=64)
-    assert node.index(QuantisedKeys()).nbytes == 2 * 8 * n * 2
+    codes = 64 // 4
+    assert node.index(QuantisedKeys()).nbytes == 2 * 8 * (n * (2 + 2) + 4 * codes)
 
 
 @pytest.mark.parametrize("wrong", [{"keep": 0}, {"codes": 0}, {"distance": 64}])

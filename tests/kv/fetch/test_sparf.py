@@ -62,9 +62,13 @@ def test_against_the_algorithm(heads: int, kv_heads: int, rows: int, dtype: torc
             compared += 1
             old = sorted(range(193), key=lambda t: -score[t])
             best = old[:20]
-            pages = {t // 4 for t in best}
-            wanted = newest | {t for t in range(203) if t // 4 in pages}
-            assert set(found[row][head]) == wanted
+            # Many bfloat16 rows are scored in bfloat16.
+            near = 1.2 if dtype == torch.bfloat16 and rows > 1 else 1 + 1e-5
+            sure = {t // 4 for t in best if score[t] > score[old[20]] * near}
+            maybe = {t // 4 for t in old if score[t] > score[best[-1]] / near}
+            read = set(found[row][head])
+            assert newest | {t for t in range(203) if t // 4 in sure} <= read
+            assert read <= newest | {t for t in range(203) if t // 4 in maybe}
     assert compared >= 0.8 * rows * kv_heads
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,11 +13,12 @@ from hypothesis import strategies as st
 from test_engine import pages_needed, random_requests, run, tokens
 from test_recipes import FetchAll
 from test_select_methods import Grouped, requests_of
+from torch import Tensor
 
 from quire import LLM, SamplingParams
 from quire.engine.facts import _sentence_ends, make_facts
 from quire.engine.request import EngineRequest
-from quire.kv.method import Recipe
+from quire.kv.method import Facts, Recipe
 from quire.kv.recipes import parse
 from toy import ByteTokenizer, MockModel, spec
 
@@ -100,6 +104,42 @@ def test_views_and_packed_entries(text: str) -> None:
     pages = 2 * max(map(pages_needed, requests))
     tight, _ = run(requests, model=Grouped(), recipe=recipe, pages=pages)
     assert tokens(tight) == tokens(whole)
+
+
+@dataclass(frozen=True)
+class Watching:
+    """Remembers the queries that it is given, by the path's tokens."""
+
+    seen: dict[bytes, list[Tensor]]
+    window: int = 5
+
+    def index(self, facts: Facts, layers: Any, ids: Any, queries: Any) -> None:
+        assert len(ids) > int(layers(0).positions.max())
+        self.seen[ids.tobytes()] = [queries(layer).clone() for layer in range(facts.layers)]
+
+
+@pytest.mark.parametrize("text", ["none", "streaming(budget=16,every=none)", "snapkv(budget=20)"])
+def test_the_last_queries_of_a_node(text: str) -> None:
+    """The same whatever the chunks; of a view, those of its whole prompt."""
+    requests = a_tree(2)
+    found: list[dict[bytes, list[Tensor]]] = []
+    for chunk in (512, 2, 31):
+        found.append({})
+        recipe = replace(parse(text), fetch=Watching(found[-1]))
+        run(requests, model=Grouped(), recipe=recipe, chunk=chunk)
+    one, *others = found
+    assert {len(queries) for queries in one.values()} == {2}
+    wanted = {request.prompt.tobytes() for request in requests}
+    if text == "none":
+        wanted.add(requests[0].prompt[:120].tobytes())
+        assert {len(queries[0]) for queries in one.values()} == {1, 3, 5}
+    else:
+        assert {len(queries[0]) for queries in one.values()} == {5}
+    assert one.keys() == wanted
+    for other in others:
+        assert other.keys() == wanted
+        for key, queries in other.items():
+            torch.testing.assert_close(queries, one[key])
 
 
 def test_ends_of_sentences() -> None:

@@ -5,9 +5,8 @@ SentenceKV, arXiv 2504.00970.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -18,8 +17,6 @@ from quire.kv.fetch.clusters import means_of
 from quire.kv.method import Entries, Facts, Index, Reader
 from quire.kv.select.budget import require
 from quire.kv.tree import Tokens
-
-_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ class SentenceBuckets:
             return None
         ends = facts.sentence_ends()
         found = tuple(self._sentences(layers(layer), tokens, ends) for layer in range(facts.layers))
-        return Sentences(self, facts, ends, found)
+        return Sentences(self, facts, ends, found, int(layers(0).positions.min()))
 
     def _sentences(self, entries: Entries, tokens: Tokens, ends: Tensor | None) -> Layer:
         whole = len(entries)
@@ -122,15 +119,16 @@ class Layer:
 class Sentences:
     """The sentences of one segment. ``ends``: see `Facts.sentence_ends`.
 
-    ``number`` is its own: under it and the layer, a reader's state holds the sum of the current
-    sentence's queries and how many they are, float32 ``[kv_heads * head_dim + 1]``.
+    ``start``: position of its first entry, unlike that of all other nodes on a path. Under it and
+    the layer, a reader's state holds the sum of the current sentence's queries and how many they
+    are, float32 ``[kv_heads * head_dim + 1]``.
     """
 
     method: SentenceBuckets
     facts: Facts
     ends: Tensor | None
     layers: tuple[Layer, ...]
-    number: int = field(default_factory=_numbers.__next__)
+    start: int
 
     @property
     def nbytes(self) -> int:
@@ -155,7 +153,7 @@ class Sentences:
         self, layer: int, q: Tensor, readers: Sequence[Reader]
     ) -> tuple[Tensor, Tensor]:
         """Mean queries ``[rows, kv_heads, head_dim]`` and of how many, ``[rows]``, with these."""
-        key = f"sentences {self.number}, layer {layer}"
+        key = f"sentences from {self.start}, layer {layer}"
         rows = q.float().unflatten(1, (self.facts.kv_heads, -1)).mean(2)
         none = rows.new_zeros(rows[0].numel() + 1)
         total = torch.stack([reader.state.get(key, none) for reader in readers])

@@ -166,8 +166,8 @@ class Facts:
     turn: Callable[[int, Tensor, Tensor, bool], Tensor]
     calibrate: Callable[[], Calibration]
     softcap: float | None = None
-    _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     sentence_ends: Callable[[], Tensor | None] = _no_tokenizer
+    _made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def group(self) -> int:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -67,7 +66,7 @@ class QuantisedKeys:
         count = math.ceil(self.keep * whole)
         if facts.group * count + self.sinks + self.recent >= whole:
             return None
-        book = codebook(self, facts)
+        book = facts.once(codebook, self)
         found = [self._encode(facts, layer, layers(layer), book) for layer in range(facts.layers)]
         return Codes(self, facts, book, tuple(found), count)
 
@@ -85,7 +84,7 @@ class QuantisedKeys:
         return Layer(codes.short(), within.to(dtype), sizes.int())
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Codebook:
     """Lists have one tensor a layer.
 
@@ -97,18 +96,8 @@ class Codebook:
     centres: list[Tensor]
 
 
-_books: WeakKeyDictionary[Facts, dict[QuantisedKeys, Codebook]] = WeakKeyDictionary()
-
-
-def codebook(method: QuantisedKeys, facts: Facts) -> Codebook:
-    """The codebook of a model, fitted when it is first asked for."""
-    books = _books.setdefault(facts, {})
-    if method not in books:
-        books[method] = _fit(method, facts)
-    return books[method]
-
-
-def _fit(method: QuantisedKeys, facts: Facts) -> Codebook:
+def codebook(facts: Facts, method: QuantisedKeys) -> Codebook:
+    """Fit the codebook of a model."""
     known = facts.calibrate()
     book = Codebook([], [])
     for layer, (queries, keys) in enumerate(zip(known.queries, known.keys, strict=True)):

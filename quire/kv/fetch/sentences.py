@@ -66,7 +66,7 @@ class SentenceBuckets:
     def _sentences(self, entries: Entries, tokens: Tokens, ends: Tensor | None) -> Layer:
         whole = len(entries)
         start = int(entries.positions.min())
-        of = sentence_numbers(torch.from_numpy(tokens[start:]), ends, self.longest)
+        of = sentence_numbers(torch.tensor(tokens[start:]), ends, self.longest)
         labels = of[entries.positions - start]
         heads = torch.arange(len(entries.keys))
         if entries.count is None and bool((labels == labels[:1]).all()):

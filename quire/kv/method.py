@@ -425,7 +425,7 @@ class Fetch(Protocol):
         ``tokens``: the ids from the prompt's first token to the node's last, so that they are
         counted as entries' positions are. ``queries(layer)``: the node's last ``window`` rotated
         queries ``[w, heads, head_dim]``; fewer if it is shorter, and none at all if a later prompt
-        has cut the node in two.
+        has cut the node in two or its KV comes from a file.
         """
         ...
 

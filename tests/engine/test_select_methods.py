@@ -215,7 +215,9 @@ def test_memory_and_company_change_nothing(
     assert tokens(found) == tokens(wanted)
 
 
-@pytest.mark.parametrize("name", [n for n, make in METHODS.items() if make.axis == "select"])  # type: ignore[attr-defined]
+@pytest.mark.parametrize(
+    "name", [n for n, make in METHODS.items() if getattr(make, "axis", "") == "select"]
+)
 def test_a_budget_for_everything_keeps_everything(name: str) -> None:
     requests = random_requests(11)
     wanted, _ = run(requests)

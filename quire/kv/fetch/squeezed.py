@@ -31,9 +31,10 @@ class SqueezedAttention:
 
     ``levels=2``: the centroids are clustered again, in ``top`` times as many clusters as there are
     tokens; what has a small share there (the first level keeps twice ``keep``) is no part of the
-    second level. A node that a later prompt has cut in two has no queries: those of a short text
-    are taken, as if they came after it. A node of at most two windows is read whole. ``iterations``
-    is less than the authors' 300: the estimate does not need more.
+    second level. A node that a later prompt has cut in two, or that comes from a file, has no
+    queries: those of a short text are taken, as if they came after it. A node of at most two
+    windows is read whole. ``iterations`` is less than the authors' 300: the estimate does not need
+    more.
     """
 
     keep: float = 0.3

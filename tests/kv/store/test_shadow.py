@@ -31,6 +31,10 @@ from quire.schedule.policies import POLICIES
 from toy import ByteTokenizer, MockModel
 
 
+def unasked(_layer: int) -> Tensor:
+    raise AssertionError("landmarks look at no queries")
+
+
 def layers_of(
     facts: Facts, n: int, rank: int, noise: float = 0.0, *, odd: int = 0, first: int = 0
 ) -> tuple[list[Tensor], list[Entries]]:
@@ -152,7 +156,9 @@ def test_landmarks_are_nearly_those_of_exact_keys() -> None:
     stored = packed(LowRankKeys(outliers=3), facts, entries)
     method = Landmarks(budget=128, outliers=3)
     none = np.zeros(0, dtype=np.int32)
-    found, wanted = (method.index(facts, read, none) for read in (stored.read, entries.__getitem__))
+    found, wanted = (
+        method.index(facts, read, none, unasked) for read in (stored.read, entries.__getitem__)
+    )
     assert isinstance(found, Chunks)
     assert isinstance(wanted, Chunks)
     for head, places in enumerate(found.always[0].tolist()):
@@ -176,7 +182,9 @@ def test_bytes(n: int) -> None:
     fixed = 20 * 128 * 2 + exact * (2 * 32 * 2 + 4)  # the basis; keys, values and places
     assert stored.nbytes == 2 * (40 * n + fixed)
     assert stored.disk_bytes == 2 * 4 * n * 32 * 2
-    index = Landmarks(budget=64, outliers=4).index(facts, stored.read, np.zeros(0, np.int32))
+    index = Landmarks(budget=64, outliers=4).index(
+        facts, stored.read, np.zeros(0, np.int32), unasked
+    )
     assert isinstance(index, Chunks)
     means = sum(x.nbytes for x in index.means)
     assert means == 2 * -(-(n // 8 - 4) // 16) * 16 * 128 * 2

@@ -13,6 +13,7 @@ import json
 import shutil
 import statistics
 import time
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     checkpoint = make_checkpoint(args.shape, args.folder)
+    shutil.copy(str(files("quire") / "demo_model" / "tokenizer.json"), checkpoint)
     kept = args.folder / "kv-dir"
     rng = np.random.default_rng(0)
     prompts = []

@@ -49,6 +49,15 @@ class Notes:
     refused: int = 0  # entries that would have saved nothing when packed
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """Rows ``[row, row + rows)`` of a step: the first of ``item``, which choose what they read."""
+
+    row: int
+    rows: int
+    item: Item
+
+
 class Keeper:
     """One engine's recipe at work. ``page_bytes``: of the pool.
 
@@ -81,25 +90,45 @@ class Keeper:
         """What is remembered of ``segment``."""
         return self._notes.setdefault(segment, Notes())
 
-    # While a step runs: what methods need to see.
+    # While a step runs: what prompts choose to read, and what methods need to see.
 
-    def watch(
-        self, works: Sequence[Work], layer: int, q: Tensor, positions: Tensor, out: Tensor
-    ) -> None:
-        """Look at a layer's attention: ``q`` (rotated) and ``out`` ``[tokens, heads, head_dim]``.
+    def chunks(self, works: Sequence[Work]) -> list[Chunk]:
+        """The rows that a sparse prefill chooses for; all others read everything."""
+        sparse = self.recipe.sparse
+        found: list[Chunk] = []
+        row = 0
+        for work in works:
+            item, node = work.item, work.node
+            if sparse is not None and node is not None:
+                end = node.end if node.ends else len(work.sequence.prompt)
+                rows = min(item.count, end - sparse.tail - item.start)
+                if rows >= sparse.block and item.start + rows > sparse.least:
+                    found.append(Chunk(row, rows, item))
+            row += item.count
+        return found
 
-        Keeps what methods want to see, and replaces what a sparse prefill computes.
+    def choose(self, chunk: Chunk, layer: int, q: Tensor) -> tuple[Entries, list[list[Tensor]]]:
+        """What is before and in ``chunk``, and what its rows read of it; see `Sparse.choose`.
+
+        ``q`` ``[tokens, heads, head_dim]``: the rotated queries of the whole step.
         """
-        select, sparse = self.recipe.select, self.recipe.sparse
+        sparse, start = self.recipe.sparse, chunk.item.start
+        assert sparse is not None
+        entries = self.path_entries(chunk.item, layer).part(0, start + chunk.rows)
+        rows = q[chunk.row : chunk.row + chunk.rows]
+        return entries, sparse.choose(self.facts, layer, rows, entries, start)
+
+    def watch(self, works: Sequence[Work], layer: int, q: Tensor, positions: Tensor) -> None:
+        """Keep what selector and store want to see of ``q`` ``[tokens, heads, head_dim]`` (rotated).
+
+        A sparse prefill changes nothing of that: mass is of attention to everything.
+        """
+        select = self.recipe.select
         online = select is not None and select.online
         row = 0
         for work in works:
             rows = slice(row, row + work.item.count)
             row += work.item.count
-            if sparse is not None and work.item.count > 1:
-                entries = self.path_entries(work.item, layer)
-                start = work.item.start
-                out[rows] = sparse.attend(self.facts, layer, q[rows], entries, start).to(out.dtype)
             decoding = work.node is None
             if not (select or self.mass or self.window) or (decoding and not online):
                 continue

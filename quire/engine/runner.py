@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from quire.attention import composed, merged, native, reference
+from quire.attention import chosen, composed, merged, native, reference
 from quire.attention.segments import Item, lay_out
-from quire.engine.keeper import Keeper
+from quire.engine.keeper import Chunk, Keeper
 from quire.engine.world import Work
 from quire.kernels.native import rotate_append
 from quire.kv.arena import Arena, TiledArena
+from quire.kv.method import Index, Reader
+from quire.kv.pages import Segment
 from quire.models import rope
 from quire.models.decoder import Attend, Decoder
 
@@ -60,7 +62,7 @@ class Runner:
         scale, softcap = spec.scale, spec.softcap
         windows = [layer.window for layer in spec.layers]
         if isinstance(arena, TiledArena) and not self.plain:
-            plans = self._plans(items)
+            plans = self._plans(items, set(windows))
 
             def attend_tiles(
                 layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation
@@ -100,11 +102,13 @@ class Runner:
 
         return attend_plainly
 
-    def _plans(self, items: list[Item]) -> dict[int | None, native.Plan]:
-        """The native kernels' plan for each window that the model has."""
+    def _plans(
+        self, items: Sequence[Item], windows: set[int | None]
+    ) -> dict[int | None, native.Plan]:
+        """The native kernels' plan for each window."""
         return {
             window: native.Plan.make(items, self._shape(), window, in_order=self.deterministic)
-            for window in {layer.window for layer in self.model.spec.layers}
+            for window in windows
         }
 
     def _shape(self) -> native.Shape:
@@ -112,54 +116,107 @@ class Runner:
         return native.Shape(len(spec.layers), spec.heads, spec.kv_heads, spec.head_dim)
 
     def _compose(self, works: Sequence[Work], slots: Tensor, positions: Tensor) -> Attend:
-        """The attention of a step under a KV recipe: the arena's part, then what methods hold."""
-        keeper, arena, spec = self.keeper, self.arena, self.model.spec
+        """The attention of a step under a KV recipe: what methods hold, and what they choose."""
+        keeper, arena = self.keeper, self.arena
         assert keeper is not None
-        scale, softcap = spec.scale, spec.softcap
-        windows = [layer.window for layer in spec.layers]
-        items, reads = composed.reads_of([w.item for w in works], keeper.indexes(works).get)
+        windows = [layer.window for layer in self.model.spec.layers]
+        items = [w.item for w in works]
+        index_of = keeper.indexes(works).get
         readers = [
             keeper.reader(work.sequence, int(token), work.item.start + place)
             for work in works
             for place, token in enumerate(work.tokens)
         ]
-        tiled = isinstance(arena, TiledArena) and not self.plain
-        plans = self._plans(items) if tiled else {}
-        if tiled:
-            reads = reads.planned(self._shape(), set(windows), positions.numpy())
+        chunks = keeper.chunks(works)
+        sparse = {None} if chunks else set()  # windows of the layers in which chunks choose
+        block = keeper.recipe.sparse.block if keeper.recipe.sparse is not None else 0
+        everything = self._read(items, index_of, positions, readers, set(windows) - sparse)
+        rest = torch.ones(len(positions), dtype=torch.bool)
+        for chunk in chunks:
+            rest[chunk.row : chunk.row + chunk.rows] = False
+        others = rest.nonzero().flatten()
+        left = _without(items, chunks)
+        some = [readers[i] for i in others.tolist()]
+        at = positions[others.to(positions.device)]
+        dense = self._read(left, index_of, at, some, sparse) if left else None
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
-            window = windows[layer]
-            if isinstance(arena, TiledArena) and tiled:
+            if isinstance(arena, TiledArena) and not self.plain:
                 rotate_append(q, k, v, rotation, slots, arena.keys[layer], arena.values[layer])
+            else:
+                q = _rotate_and_store(arena, layer, slots, q, k, v, rotation)
+            if windows[layer] in sparse:
+                out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+                if dense is not None:
+                    out[others] = dense(layer, q[others]).to(q.dtype)
+                for chunk in chunks:
+                    rows = slice(chunk.row, chunk.row + chunk.rows)
+                    entries, choice = keeper.choose(chunk, layer, q)
+                    out[rows] = chosen.attend(
+                        q[rows],
+                        entries,
+                        choice,
+                        block,
+                        scale=self.model.spec.scale,
+                        softcap=self.model.spec.softcap,
+                        plain=self.plain,
+                    )
+            else:
+                out = everything(layer, q).to(q.dtype)
+            keeper.watch(works, layer, q, positions)
+            return out
+
+        return attend
+
+    def _read(
+        self,
+        items: Sequence[Item],
+        index_of: Callable[[Segment], Index | None],
+        positions: Tensor,
+        readers: Sequence[Reader],
+        windows: set[int | None],
+    ) -> Callable[[int, Tensor], Tensor]:
+        """Attention of ``items`` in layers with those windows: the arena's, then what methods hold.
+
+        What is returned takes a layer and its rotated queries ``[rows, heads, head_dim]``.
+        """
+        arena, spec = self.arena, self.model.spec
+        scale, softcap = spec.scale, spec.softcap
+        plain, reads = composed.reads_of(items, index_of)
+        tiled = isinstance(arena, TiledArena) and not self.plain
+        plans = self._plans(plain, windows) if tiled else {}
+        if tiled:
+            reads = reads.planned(self._shape(), windows, positions.numpy())
+
+        def attend(layer: int, q: Tensor) -> Tensor:
+            window = spec.layers[layer].window
+            if isinstance(arena, TiledArena) and tiled:
                 lse = torch.empty(q.shape[:2]) if reads else None
                 out = native.attend(
                     arena, layer, q, plans[window], scale=scale, softcap=softcap, lse=lse
                 )
             else:
-                q = _rotate_and_store(arena, layer, slots, q, k, v, rotation)
                 part = composed.arena_part(
-                    arena, layer, q, items, scale=scale, softcap=softcap, window=window
+                    arena, layer, q, plain, scale=scale, softcap=softcap, window=window
                 )
                 out, lse = part.out, part.lse
-            if reads:
-                assert lse is not None
-                total = composed.Partial(out.float(), lse)
-                composed.add_reads(
-                    total,
-                    reads,
-                    arena,
-                    layer,
-                    q,
-                    positions,
-                    readers,
-                    scale=scale,
-                    softcap=softcap,
-                    window=window,
-                )
-                out = total.out
-            keeper.watch(works, layer, q, positions, out)
-            return out.to(q.dtype)
+            if not reads:
+                return out
+            assert lse is not None
+            total = composed.Partial(out.float(), lse)
+            composed.add_reads(
+                total,
+                reads,
+                arena,
+                layer,
+                q,
+                positions,
+                readers,
+                scale=scale,
+                softcap=softcap,
+                window=window,
+            )
+            return total.out
 
         return attend
 
@@ -172,6 +229,17 @@ class Runner:
                 logits = self.model.logits(hidden[first : first + tile])
                 self.head_seconds += time.perf_counter() - started
                 use(logits, first)
+
+
+def _without(items: Sequence[Item], chunks: Sequence[Chunk]) -> list[Item]:
+    """What is left of ``items`` when the rows of ``chunks`` have been taken out."""
+    taken = {id(chunk.item): chunk.rows for chunk in chunks}
+    left = []
+    for item in items:
+        rows = taken.get(id(item), 0)
+        if rows < item.count:
+            left.append(replace(item, start=item.start + rows, count=item.count - rows))
+    return left
 
 
 def _rotate_and_store(

@@ -431,12 +431,37 @@ class Fetch(Protocol):
 
 
 class Sparse(Protocol):
-    """Attention of a prompt's chunk that reads only a part of the keys before it."""
+    """Which of the keys before them the rows of a prompt's chunk read.
 
-    def attend(self, facts: Facts, layer: int, q: Tensor, entries: Entries, start: int) -> Tensor:
-        """``q`` ``[n, heads, head_dim]`` at positions from ``start`` -> the same shape, float32.
+    Rows choose in blocks of ``block``, counted from the chunk's first row; the last may be shorter.
+    A row always reads its own block up to itself; a method chooses among what is before the block.
+    Everything is read by layers with a sliding window, by chunks shorter than a block or that end
+    within a prompt's first ``least`` tokens, and by a prompt's last ``tail`` tokens.
+    """
 
-        ``entries``: everything on the path, the chunk itself included, in order.
+    @property
+    def block(self) -> int:
+        """Rows that choose together."""
+        ...
+
+    @property
+    def least(self) -> int:
+        """First tokens of a prompt among which nothing is chosen."""
+        ...
+
+    @property
+    def tail(self) -> int:
+        """Last tokens of a prompt that read everything."""
+        ...
+
+    def choose(
+        self, facts: Facts, layer: int, q: Tensor, entries: Entries, start: int
+    ) -> list[list[Tensor]]:
+        """What each block of the rows ``q`` ``[n, heads, head_dim]`` (rotated, unscaled) reads.
+
+        ``entries``: of positions ``[0, start + n)``, in order; the rows are the last n. Returns for
+        each block b and each KV head the places that it reads before the block: int64, each once,
+        below ``start + b * block``.
         """
         ...
 

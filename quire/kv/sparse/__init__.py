@@ -1,0 +1,1 @@
+"""Which keys a prompt's chunk reads: one file a method; see `quire.kv.method.Sparse`."""

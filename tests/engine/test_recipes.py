@@ -24,7 +24,7 @@ from quire.kv.recipes import parse
 from quire.kv.select.h2o import HeavyHitters
 from quire.kv.select.kvmerger import SimilarRuns
 from quire.schedule.policies import POLICIES
-from toy import ByteTokenizer, MockModel
+from toy import ByteTokenizer, MockModel, spec
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,25 @@ class FetchAll:
             return places.expand(shape), mask.expand(shape)
 
 
+@dataclass(frozen=True)
+class ChooseAll:
+    """A sparse prefill that reads every place, backwards."""
+
+    block: int = 4
+    least: int = 0
+    tail: int = 0
+
+    def choose(
+        self, facts: Facts, layer: int, q: Tensor, entries: Entries, start: int
+    ) -> list[list[Tensor]]:
+        assert len(q) >= self.block
+        assert len(entries) == start + len(q)
+        assert start + len(q) > self.least
+        assert entries.positions.tolist() == [list(range(len(entries)))] * facts.kv_heads
+        starts = range(start, start + len(q), self.block)
+        return [[torch.arange(s).flip(0)] * facts.kv_heads for s in starts]
+
+
 EXACT = {
     "store": Recipe(store=KeepAll()),
     "store, the newest kept": Recipe(store=KeepAll(32, 16)),
@@ -135,6 +154,10 @@ EXACT = {
     "store and fetch": Recipe(store=KeepAll(), fetch=FetchAll()),
     "select and store": Recipe(select=SelectAll(), store=KeepAll()),
     "select and store, weighed": Recipe(select=SelectAll(), store=WeighAll(4)),
+    "sparse": Recipe(sparse=ChooseAll()),
+    "sparse, but for ends": Recipe(sparse=ChooseAll(3, 10, 5)),
+    "sparse, over stored entries": Recipe(sparse=ChooseAll(5, 0, 2), store=KeepAll()),
+    "sparse, then select": Recipe(sparse=ChooseAll(8, 3, 1), select=SelectAll()),
 }
 
 
@@ -184,6 +207,71 @@ def test_selections_do_not_depend_on_memory_or_company(text: str, seed: int, chu
     pages = max(pages_needed(r) for r in requests) + 2
     found, _ = run_recipe(requests, recipe, pages=pages, chunk=chunk)
     assert tokens(found) == tokens(wanted)
+
+
+@pytest.mark.parametrize(("chunk", "end"), [(24, 48), (512, 50)])
+def test_only_what_is_chosen_is_read(chunk: int, end: int) -> None:
+    """A prompt whose blocks read nothing before them, but for its last tokens."""
+
+    @dataclass(frozen=True)
+    class ChooseNothing(ChooseAll):
+        def choose(self, *given: Any) -> list[list[Tensor]]:
+            return [[places[0][:0]] for places in super().choose(*given)]
+
+    recipe = Recipe(sparse=ChooseNothing(block=8, least=20, tail=6))
+    request = long_request(0, 56, 6)
+    request = replace(request, params=replace(request.params, prompt_logprobs=0))
+    wanted, _ = run([request], plain=True, model=Blind(8, end))
+    found, _ = run_recipe([request], recipe, chunk=chunk)
+    everything, _ = run([request])
+    assert tokens(found) == tokens(wanted)
+    assert scores(found) == pytest.approx(scores(wanted), rel=1e-4)
+    assert scores(found) != pytest.approx(scores(everything), rel=1e-2)
+
+
+def scores(found: dict[int, EngineResult]) -> list[float]:
+    return [entry.logprob for entry in found[0].prompt_logprobs or []]
+
+
+class Blind(MockModel):
+    """Tokens before ``end`` see the ``block`` that they are in alone."""
+
+    def __init__(self, block: int, end: int) -> None:
+        super().__init__()
+        self.block, self.end = block, end
+        self.held: list[tuple[Tensor, Tensor]] = []
+
+    def forward(
+        self, ids: Tensor, positions: Tensor, attend: Any, *, layers: int | None = None
+    ) -> Tensor:
+        def seeing(layer: int, q: Tensor, k: Tensor, v: Tensor, _rotation: None) -> Tensor:
+            attend(layer, q, k, v, None)
+            if layer == len(self.held):
+                self.held.append((k[:0], v[:0]))
+            keys, values = (torch.cat(x) for x in zip(self.held[layer], (k, v), strict=True))
+            self.held[layer] = keys, values
+            out = []
+            for row, at in zip(q, positions.tolist(), strict=True):
+                first = at // self.block * self.block if at < self.end else 0
+                weights = (self.spec.scale * row @ keys[first : at + 1, 0].T).softmax(-1)
+                out.append(weights @ values[first : at + 1, 0])
+            return torch.stack(out)
+
+        return super().forward(ids, positions, seeing, layers=layers)
+
+
+def test_layers_with_a_window_read_everything() -> None:
+    class ChooseNever(ChooseAll):
+        def choose(self, *given: Any) -> list[list[Tensor]]:
+            raise AssertionError
+
+    requests = [long_request(0, 60, 5)]
+    wanted, _ = run(requests, model=MockModel(spec(window=9)))
+    recipe = Recipe(sparse=ChooseNever())
+    found, _ = run_recipe(requests, recipe, model=MockModel(spec(window=9)))
+    assert tokens(found) == tokens(wanted)
+    with pytest.raises(AssertionError):
+        run_recipe(requests, recipe)
 
 
 def long_request(index: int, prompt: int, output: int, seed: int = 0) -> EngineRequest:

@@ -80,7 +80,7 @@ class PermutedBlocks:
         """
         rows = q[-self.block :].float().unflatten(1, (facts.kv_heads, -1))
         at = start + len(q) - len(rows)  # of the first
-        place = torch.arange(at, keys.shape[1])
+        place = torch.arange(at, max(at, keys.shape[1]))
         later = place > torch.arange(at, start + len(q))[:, None]  # [rows, keys from `at` on]
         found = []
         for head, mine in enumerate(keys):

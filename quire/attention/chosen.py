@@ -73,21 +73,21 @@ def _products(
     softcap: float | None,
 ) -> Tensor:
     """`attend` with PyTorch operators: ``q`` at positions from ``start``."""
+    total, heads, dim = q.shape
     kv_heads = len(keys)
-    out = torch.empty(q.shape, device=q.device).unflatten(1, (kv_heads, -1))
-    for b, heads in enumerate(choice):
-        rows = slice(b * block, min((b + 1) * block, len(q)))
+    q = q.reshape(total, kv_heads, heads // kv_heads, dim).float()
+    out = torch.empty_like(q)
+    for b, lists in enumerate(choice):
+        rows = slice(b * block, min((b + 1) * block, total))
         at = torch.arange(start + rows.start, start + rows.stop, device=q.device)
-        grouped = q[rows].float().unflatten(1, (kv_heads, -1))
-        for head, places in enumerate(heads):
+        for head, places in enumerate(lists):
             read = torch.cat([places, at])
-            scores = torch.einsum("rgd,nd->rgn", grouped[:, head], keys[head, read].float())
-            scores = scores * scale
+            scores = torch.einsum("rgd,nd->rgn", q[rows, head], keys[head, read].float()) * scale
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)
             scores = scores.masked_fill((read > at[:, None])[:, None], -torch.inf)
             out[rows, head] = scores.softmax(-1) @ values[head, read].float()
-    return out.flatten(1, 2).to(q.dtype)
+    return out.flatten(1, 2)
 
 
 def _tiles(
@@ -135,9 +135,9 @@ def _tiles(
         False,
     )
     tiles = _tiled(*(x.flatten(0, 1).index_select(0, index)[:, None] for x in (keys, values)))
-    mine = q.unflatten(1, (kv_heads, group)).transpose(0, 1).flatten(0, 1).contiguous()
+    mine = q.reshape(rows, kv_heads, group, dim).transpose(0, 1).reshape(-1, group, dim)
     out = native.attend(plan, 0, mine, *tiles, scale, softcap)
-    return out.unflatten(0, (kv_heads, rows)).transpose(0, 1).flatten(1, 2)
+    return out.view(kv_heads, rows, group, dim).transpose(0, 1).flatten(1, 2)
 
 
 def _tiled(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -128,7 +128,9 @@ class Runner:
             for place, token in enumerate(work.tokens)
         ]
         chunks = keeper.chunks(works)
-        sparse = {None} if chunks else set()  # windows of the layers in which chunks choose
+        sparse: set[int | None] = (
+            {None} if chunks else set()
+        )  # windows of the layers in which chunks choose
         block = keeper.recipe.sparse.block if keeper.recipe.sparse is not None else 0
         everything = self._read(items, index_of, positions, readers, set(windows) - sparse)
         rest = torch.ones(len(positions), dtype=torch.bool)

@@ -2,21 +2,24 @@
 
 ``python benchmarks/sparse_prefill.py [--tokens N] [--chunk C] [--recipe R]`` computes one layer's
 attention of the 135M shape (9 heads, 3 KV heads of 64 numbers, bfloat16) for a prompt, chunk by
-chunk, as the engine does, and prints for each recipe the share of the keys that is read (density),
+chunk, as the engine does. For each recipe it prints the share of the keys that is read (density),
 the share of the dense attention's weight on these (recovered), the relative error of the output,
-and milliseconds: choosing, attending, and both against dense attention in the same run.
+and milliseconds: of choosing, with reading the keys back from the arena, of attending, and how much
+faster both are than dense attention in the same run.
 
-The queries and keys are the demonstration model's or, without ``--model``, made: smooth topics,
-with one key in ``--hot`` that all queries look for.
+Queries and keys are made: topics of 200 tokens, and one key in ``--hot`` that all queries look for.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +29,7 @@ from quire.attention import native as dense
 from quire.attention.segments import Item
 from quire.kernels import native
 from quire.kv.arena import TiledArena
-from quire.kv.method import Calibration, Entries, Facts
+from quire.kv.method import Calibration, Entries, Facts, Sparse
 from quire.kv.pages import PagePool, Segment
 from quire.kv.recipes import parse
 
@@ -43,7 +46,7 @@ FACTS = Facts(
     turn=lambda *given: given[1],
     calibrate=lambda: Calibration([], [], []),
 )
-RECIPES = ["pbs", "pbs(permute=false)"]
+RECIPES = ["pbs", "pbs(permute=false)", "dhsa", "dhsa(boundaries=similar)"]
 
 
 def made(tokens: int, hot: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,8 +95,20 @@ class Prompt:
         return Entries(k, v, torch.arange(end).expand(KV_HEADS, -1))
 
 
+@dataclass
+class Total:
+    """What a recipe has cost so far: milliseconds, pairs of queries and keys, squares."""
+
+    choosing: float = 0.0
+    attending: float = 0.0
+    read: float = 0.0
+    mass: float = 0.0  # of rows' attention, that is recovered
+    wrong: float = 0.0
+    right: float = 0.0
+
+
 def recovered(q: Tensor, entries: Entries, choice: chosen.Choice, block: int) -> float:
-    """The share of some rows' dense attention that is on keys that they read."""
+    """The mean share of the rows' dense attention on keys that they read, by a row a block."""
     start = len(entries) - len(q)
     found = []
     for b, heads in enumerate(choice):
@@ -102,51 +117,84 @@ def recovered(q: Tensor, entries: Entries, choice: chosen.Choice, block: int) ->
             mine = q[row].unflatten(0, (KV_HEADS, -1))[head].float()
             keys = entries.keys[head, : start + row + 1].float()
             weights = (mine @ keys.T * FACTS.scale).softmax(-1).mean(0)
-            own = weights[start + b * block :].sum()
-            found.append((weights[places].sum() + own).item())
+            found.append((weights[places].sum() + weights[start + b * block :].sum()).item())
     return statistics.mean(found)
 
 
-def timed(run: Callable[[], Tensor]) -> tuple[float, Tensor]:
-    """Milliseconds, the better of two, and the result."""
+T = TypeVar("T")
+
+
+def timed(run: Callable[[], T]) -> tuple[float, T]:
+    """Milliseconds, the best of three runs, and the result."""
     taken = []
-    for _ in range(2):
+    for _ in range(3):
         started = time.perf_counter()
         result = run()
         taken.append(time.perf_counter() - started)
     return 1000 * min(taken), result
 
 
-def measure(prompt: Prompt, chunk: int, recipes: list[str]) -> None:
-    """Print a line for each recipe."""
-    tokens = len(prompt.q)
-    base = 0.0
-    totals = {recipe: [0.0] * 7 for recipe in recipes}  # read, choose, attend, ms; keys; misses
+def measure(prompt: Prompt, chunk: int, method: Sparse, total: Total) -> float:
+    """Add up what all chunks of ``prompt`` cost; returns milliseconds of dense attention."""
+    tokens, block, base = len(prompt.q), method.block, 0.0
     for start in range(0, tokens, chunk):
-        rows = min(chunk, tokens - start)
-        q = prompt.q[start : start + rows]
+        end = min(start + chunk, tokens)
+        q, rows = prompt.q[start:end], end - start
         taken, wanted = timed(prompt.dense(start, rows))
         base += taken
-        for recipe, total in totals.items():
-            method = parse(recipe).sparse
+        if end <= method.least or rows < block:
+            total.attending += taken
+            total.read += rows * start + rows * (rows + 1) / 2
+            total.mass += rows
+            continue
+
+        def choose(start: int = start, end: int = end, q: Tensor = q) -> tuple[Entries, Any]:
+            entries = prompt.entries(end)
+            return entries, method.choose(FACTS, 0, q, entries, start)
+
+        taken, (entries, choice) = timed(choose)
+        total.choosing += taken
+        attend = partial(chosen.attend, q, entries, choice, block, scale=FACTS.scale)
+        taken, out = timed(attend)
+        total.attending += taken
+        for b, heads in enumerate(choice):
+            size = min(block, rows - b * block)
+            total.read += size * sum(map(len, heads)) / KV_HEADS + size * (size + 1) / 2
+        total.mass += rows * recovered(q, entries, choice, block)
+        total.wrong += (out.float() - wanted.float()).square().sum().item()
+        total.right += wanted.float().square().sum().item()
+    return base
+
+
+def main() -> None:
+    """Print a line for each recipe."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--chunk", type=int, default=2048)
+    parser.add_argument("--hot", type=int, default=16)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--recipe", action="append", help="repeatable")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    native.configure()
+    torch.manual_seed(0)
+    prompt = Prompt(*made(args.tokens, args.hot))
+    print(f"{args.tokens:,} tokens in chunks of {args.chunk:,}, ms a layer")
+    print(f"  {'':<32}density  recovered  error  choose  attend   dense  faster")
+    pairs = args.tokens * (args.tokens + 1) / 2
+    with torch.inference_mode():
+        for recipe in args.recipe or RECIPES:
+            method, total = parse(recipe).sparse, Total()
             assert method is not None
-            reading, _ = timed(lambda: prompt.entries(start + rows).keys)  # noqa: B023
-            entries = prompt.entries(start + rows)
-            if start + rows <= method.least:
-                total[1] += taken
-                total[3] += rows * start
-                continue
-            began = time.perf_counter()
-            choice = method.choose(FACTS, 0, q, entries, start)
-            choosing = 1000 * (time.perf_counter() - began)
-            attending, out = timed(
-                lambda: chosen.attend(q, entries, choice, method.block, scale=FACTS.scale)  # noqa: B023
+            dense_ms = measure(prompt, args.chunk, method, total)
+            error = math.sqrt(total.wrong / max(total.right, 1e-30))
+            print(
+                f"  {recipe:<32}{total.read / pairs:7.1%}{total.mass / args.tokens:11.1%}"
+                f"{error:7.2f}{total.choosing:8.0f}{total.attending:8.0f}{dense_ms:8.0f}"
+                f"{dense_ms / (total.choosing + total.attending):7.2f}x"
             )
-            total[0] += reading + choosing
-            total[1] += attending
-            sizes = [sum(map(len, heads)) / KV_HEADS for heads in choice]
-            total[2] += sum(min(method.block, rows - b * method.block) * n for b, n in enumerate(sizes))
-            total[2] += sum(r % method.block + 1 for r in range(rows))
-            total[4] += rows * recovered(q, entries, choice, method.block)
-            total[5] += (out.float() - wanted.float()).square().sum().item()
-            total[6] += wanted.float().square().sum().item()
+
+
+if __name__ == "__main__":
+    main()

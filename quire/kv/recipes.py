@@ -29,6 +29,7 @@ from quire.kv.select.observation import ObservationWindow
 from quire.kv.select.prefixkv import SameLevel
 from quire.kv.select.scissorhands import Persistence
 from quire.kv.select.sink_recent import SinkRecent
+from quire.kv.sparse.dhsa import Hierarchical
 from quire.kv.sparse.pbs import PermutedBlocks
 from quire.kv.store.affine import Kivi
 from quire.kv.store.bfp import BlockFloat
@@ -70,6 +71,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "a2ats": QuantisedKeys,
     "sparf": LoudChannels,
     "pbs": PermutedBlocks,
+    "dhsa": Hierarchical,
 }
 
 AXES = ("select", "store", "fetch", "sparse", "shorten")

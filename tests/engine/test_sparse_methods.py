@@ -25,18 +25,23 @@ from quire.schedule.policies import POLICIES
 EVERYTHING = [  # reads all there is
     "pbs(threshold=1.0,block=4,segment=8)",
     "pbs(threshold=1.0,block=4,segment=8,permute=false)",
+    "dhsa(budget=400,block=4,tail=0)",
 ]
 LITTLE = [
     "pbs(threshold=0.3,block=4,segment=8)",
     "pbs(threshold=0.3,block=4,segment=8,permute=false)",
+    "dhsa(budget=20,chunk=4,first=4,newest=6,block=5,tail=3)",
+    "dhsa(budget=24,chunk=6,boundaries=similar,first=2,newest=0,block=4,shared=false)",
 ]
 
 
 @pytest.mark.slow
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     text=st.sampled_from(EVERYTHING),
-    more=st.sampled_from(["", "+kivi(bits=8)", "+snapkv(budget=24,window=8)", "+landmarks"]),
+    more=st.sampled_from(
+        ["", "+kivi(bits=8)", "+snapkv(budget=24,window=8)", "+landmarks(budget=16,chunk=4)"]
+    ),
     seed=st.integers(0, 10**6),
     policy=st.sampled_from(["batch", "fcfs"]),
     extra=st.sampled_from([0, 3, 50]),

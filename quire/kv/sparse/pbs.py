@@ -17,21 +17,22 @@ class PermutedBlocks:
     """Read the fewest blocks of sorted keys that promise ``threshold`` of the attention.
 
     Attention does not care in which order keys are read, so within each complete ``segment`` they
-    are sorted by the attention that the last ``block`` queries of the chunk give them (``permute``;
+    are sorted by the attention that the last ``rank`` queries of the chunk give them (``permute``;
     without it they stay in order). The means of a block's queries and of the blocks of sorted keys
     tell which of those are read; read in any case are the block that holds token 0 and what follows
     the last segment that is complete before the queries, so that causality needs no sorted key.
 
     arXiv 2510.21270. Deviations: what the query heads of a KV head choose, all of them read, and
-    they share one order, by their mean. The chunk's last queries rank what is before and in their
-    chunk, so longer chunks (``--chunk``) spend less on ranking. KV of later layers is approximate,
-    also for whoever shares the prompt's beginning.
+    they share one order, by their mean. Every chunk ranks anew with its last queries, which is
+    cheap only for long chunks (``--chunk 2048``), or with a small ``rank``; the paper's is a block.
+    The KV of later layers is approximate, also for whoever shares the prompt's beginning.
     """
 
     threshold: float = 0.9
     block: int = 128
     segment: int = 256
     permute: bool = True
+    rank: int = 128
     axis: ClassVar[str] = "sparse"
     tail: ClassVar[int] = 0
 
@@ -46,6 +47,8 @@ class PermutedBlocks:
                 f"segment={self.segment} is not a multiple of block={self.block}.",
                 "Give for example block=128 and segment=256.",
             )
+        if self.rank < 1:
+            raise _invalid(f"rank={self.rank}: no query ranks the keys.", "Give at least 1.")
 
     @property
     def least(self) -> int:
@@ -74,25 +77,23 @@ class PermutedBlocks:
         ]
 
     def importance(self, facts: Facts, q: Tensor, keys: Tensor, start: int) -> Tensor:
-        """Mean attention that the last ``block`` of ``q`` give to ``keys``: ``[kv_heads, n]``.
+        """Mean attention that the last ``rank`` of ``q`` give to ``keys``: ``[kv_heads, n]``.
 
         Those among themselves and later ones see only what is before each.
         """
-        rows = q[-self.block :].float().unflatten(1, (facts.kv_heads, -1))
+        rows = q[-self.rank :].float() * facts.scale
         at = start + len(q) - len(rows)  # of the first
         place = torch.arange(at, max(at, keys.shape[1]))
         later = place > torch.arange(at, start + len(q))[:, None]  # [rows, keys from `at` on]
-        found = []
-        for head, mine in enumerate(keys):
-            scores = _capped(facts, rows[:, head] @ mine.T)  # [rows, group, n]
-            if len(place):
-                scores[..., at:].masked_fill_(later[:, None], -torch.inf)
-            found.append(scores.softmax(-1).mean((0, 1)))
-        return torch.stack(found)
+        found = torch.zeros(keys.shape[:2])
+        for head in range(facts.heads):
+            kv_head = head // facts.group
+            scores = _capped(facts, rows[:, head] @ keys[kv_head].T)
+            scores[:, at:].masked_fill_(later, -torch.inf)
+            found[kv_head] += scores.softmax(-1).mean(0) / facts.group
+        return found
 
-    def blocks(
-        self, facts: Facts, q: Tensor, keys: Tensor, blocks: Tensor, ends: Tensor
-    ) -> Tensor:
+    def blocks(self, facts: Facts, q: Tensor, keys: Tensor, blocks: Tensor, ends: Tensor) -> Tensor:
         """Which ``blocks`` each block of ``q`` reads: bool ``[kv_heads, query blocks, blocks]``.
 
         ``ends`` ``[query blocks]``: the place before which all keys are candidates.
@@ -101,7 +102,7 @@ class PermutedBlocks:
         asked = asked.unflatten(1, (facts.kv_heads, -1))  # [query blocks, kv_heads, group, dim]
         heads = torch.arange(len(keys))[:, None]
         means = keys[heads, blocks.flatten(1)].unflatten(1, (-1, self.block)).mean(2)
-        scores = _capped(facts, torch.einsum("bhgd,hcd->hgbc", asked, means))
+        scores = _capped(facts, torch.einsum("bhgd,hcd->hgbc", asked * facts.scale, means))
         candidate = torch.arange(blocks.shape[1]) * self.block < ends[:, None]
         scores = scores.masked_fill(~candidate, torch.finfo(scores.dtype).min)
         shares, place = scores.softmax(-1).sort(dim=-1, descending=True, stable=True)
@@ -113,9 +114,8 @@ class PermutedBlocks:
         return read & candidate
 
 
-def _capped(facts: Facts, products: Tensor) -> Tensor:
-    """Scores of queries' products with keys."""
-    scores = products * facts.scale
+def _capped(facts: Facts, scores: Tensor) -> Tensor:
+    """Scaled products of queries with keys, under the model's soft cap."""
     return scores if facts.softcap is None else facts.softcap * torch.tanh(scores / facts.softcap)
 
 

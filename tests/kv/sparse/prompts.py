@@ -50,9 +50,9 @@ def weights(known: Facts, q: Tensor, entries: Entries) -> Tensor:
     if known.softcap is not None:
         scores = known.softcap * (scores / known.softcap).tanh()
     at = torch.arange(len(entries) - len(q), len(entries))
-    return scores.masked_fill((entries.positions > at[:, None, None])[:, :, None], -torch.inf).softmax(
-        -1
-    )
+    return scores.masked_fill(
+        (entries.positions > at[:, None, None])[:, :, None], -torch.inf
+    ).softmax(-1)
 
 
 def density(choice: list[list[Tensor]], block: int, start: int, rows: int) -> float:

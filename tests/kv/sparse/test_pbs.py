@@ -33,7 +33,7 @@ def written_out(
         among = Entries(*(x[:, : max(complete, 1)] for x in (keys, keys, entries.positions)))
         hot = torch.zeros(complete)
         if complete:
-            rows = q[-b:].double()
+            rows = q[-method.rank :].double()
             scores = torch.full((len(rows), known.group, complete), -torch.inf).double()
             for i, row in enumerate(rows):
                 at = start + len(q) - len(rows) + i
@@ -95,7 +95,7 @@ def test_against_the_algorithm(
     softcap: float | None,
 ) -> None:
     torch.manual_seed(before)
-    method = PermutedBlocks(0.7, 4, 8, permute)
+    method = PermutedBlocks(0.7, 4, 8, permute, rank=5)
     known = facts(kv_heads, group, 16, dtype, softcap)
     q, entries = chunk(known, before, rows)
     found = method.choose(known, 0, q, entries, before)
@@ -159,7 +159,7 @@ def test_importance_is_the_mean_attention_of_the_last_block() -> None:
     torch.manual_seed(4)
     known = facts(2, 4, 16, torch.float32)
     q, entries = chunk(known, 40, 24)
-    found = PermutedBlocks(0.9, 8, 16).importance(known, q, entries.keys, 40)
+    found = PermutedBlocks(0.9, 8, 16, rank=8).importance(known, q, entries.keys, 40)
     wanted = weights(known, q, entries)[-8:].mean((0, 2))
     torch.testing.assert_close(found.double(), wanted)
 
@@ -170,6 +170,7 @@ def test_importance_is_the_mean_attention_of_the_last_block() -> None:
         ("pbs(threshold=0)", "share"),
         ("pbs(threshold=1.5)", "share"),
         ("pbs(block=100)", "multiple"),
+        ("pbs(rank=0)", "no query"),
         ("pbs+pbs", "sparse"),
     ],
 )

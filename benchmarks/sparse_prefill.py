@@ -46,7 +46,7 @@ FACTS = Facts(
     turn=lambda *given: given[1],
     calibrate=lambda: Calibration([], [], []),
 )
-RECIPES = ["pbs", "pbs(permute=false)", "dhsa", "dhsa(boundaries=similar)"]
+RECIPES = ["pbs", "pbs(permute=false)", "pbs(threshold=0.7)", "pbs(rank=32)", "dhsa"]
 
 
 def made(tokens: int, hot: int) -> tuple[Tensor, Tensor, Tensor]:

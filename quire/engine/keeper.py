@@ -51,11 +51,12 @@ class Notes:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows ``[row, row + rows)`` of a step: the first of ``item``, which choose what they read."""
+    """Rows ``[row, row + rows)`` of a step, the first of ``item``: they choose, block by block."""
 
     row: int
     rows: int
     item: Item
+    block: int
 
 
 class Keeper:
@@ -103,7 +104,7 @@ class Keeper:
                 end = node.end if node.ends else len(work.sequence.prompt)
                 rows = min(item.count, end - sparse.tail - item.start)
                 if rows >= sparse.block and item.start + rows > sparse.least:
-                    found.append(Chunk(row, rows, item))
+                    found.append(Chunk(row, rows, item, sparse.block))
             row += item.count
         return found
 

@@ -128,29 +128,22 @@ class Runner:
             for place, token in enumerate(work.tokens)
         ]
         chunks = keeper.chunks(works)
-        sparse: set[int | None] = (
-            {None} if chunks else set()
-        )  # windows of the layers in which chunks choose
-        block = keeper.recipe.sparse.block if keeper.recipe.sparse is not None else 0
-        everything = self._read(items, index_of, positions, readers, set(windows) - sparse)
-        rest = torch.ones(len(positions), dtype=torch.bool)
-        for chunk in chunks:
-            rest[chunk.row : chunk.row + chunk.rows] = False
-        others = rest.nonzero().flatten()
-        left = _without(items, chunks)
-        some = [readers[i] for i in others.tolist()]
+        choosing: set[int | None] = {None} if chunks else set()  # layers with these windows
+        everything = self._read(items, index_of, positions, readers, set(windows) - choosing)
+        left, others = _without(items, chunks)
+        some = [readers[row] for row in others.tolist()]
         at = positions[others.to(positions.device)]
-        dense = self._read(left, index_of, at, some, sparse) if left else None
+        beside = self._read(left, index_of, at, some, choosing) if left else None
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
             if isinstance(arena, TiledArena) and not self.plain:
                 rotate_append(q, k, v, rotation, slots, arena.keys[layer], arena.values[layer])
             else:
                 q = _rotate_and_store(arena, layer, slots, q, k, v, rotation)
-            if windows[layer] in sparse:
+            if windows[layer] in choosing:
                 out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-                if dense is not None:
-                    out[others] = dense(layer, q[others]).to(q.dtype)
+                if beside is not None:
+                    out[others] = beside(layer, q[others]).to(q.dtype)
                 for chunk in chunks:
                     rows = slice(chunk.row, chunk.row + chunk.rows)
                     entries, choice = keeper.choose(chunk, layer, q)
@@ -158,7 +151,7 @@ class Runner:
                         q[rows],
                         entries,
                         choice,
-                        block,
+                        chunk.block,
                         scale=self.model.spec.scale,
                         softcap=self.model.spec.softcap,
                         plain=self.plain,
@@ -233,15 +226,21 @@ class Runner:
                 use(logits, first)
 
 
-def _without(items: Sequence[Item], chunks: Sequence[Chunk]) -> list[Item]:
-    """What is left of ``items`` when the rows of ``chunks`` have been taken out."""
-    taken = {id(chunk.item): chunk.rows for chunk in chunks}
-    left = []
-    for item in items:
-        rows = taken.get(id(item), 0)
+def _without(items: Sequence[Item], chunks: Sequence[Chunk]) -> tuple[list[Item], Tensor]:
+    """What is left of ``items``, and which rows those are, when ``chunks`` have been taken out.
+
+    Without chunks that is nothing.
+    """
+    taken = {chunk.row: chunk.rows for chunk in chunks}
+    left, others = [], []
+    row = 0
+    for item in items if chunks else ():
+        rows = taken.get(row, 0)
         if rows < item.count:
             left.append(replace(item, start=item.start + rows, count=item.count - rows))
-    return left
+        others += range(row + rows, row + item.count)
+        row += item.count
+    return left, torch.tensor(others, dtype=torch.int64)
 
 
 def _rotate_and_store(

@@ -26,6 +26,7 @@ from torch import Tensor
 from quire.attention.segments import Item
 from quire.bench.shapes import SHAPES, make_checkpoint
 from quire.engine.facts import make_facts
+from quire.engine.keeper import Chunk
 from quire.engine.runner import Runner
 from quire.engine.world import Work
 from quire.kernels import native
@@ -75,6 +76,10 @@ class Keeper:
     def reader(self, _sequence: Any, token: int, position: int) -> Reader:
         """Nobody keeps state here."""
         return Reader(token, position, {})
+
+    def chunks(self, _works: Sequence[Work]) -> list[Chunk]:
+        """Nothing is prefilled."""
+        return []
 
     def watch(self, *_arguments: Any) -> None:
         """Nothing is selected."""

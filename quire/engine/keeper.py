@@ -120,9 +120,10 @@ class Keeper:
         return entries, sparse.choose(self.facts, layer, rows, entries, start)
 
     def watch(self, works: Sequence[Work], layer: int, q: Tensor, positions: Tensor) -> None:
-        """Keep what selector and store want to see of ``q`` ``[tokens, heads, head_dim]`` (rotated).
+        """Keep what selector and store want to see.
 
-        A sparse prefill changes nothing of that: mass is of attention to everything.
+        ``q`` ``[tokens, heads, head_dim]``: rotated. Mass is of attention to everything, also where
+        rows have chosen what they read.
         """
         select = self.recipe.select
         online = select is not None and select.online

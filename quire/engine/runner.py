@@ -232,7 +232,8 @@ def _without(items: Sequence[Item], chunks: Sequence[Chunk]) -> tuple[list[Item]
     Without chunks that is nothing.
     """
     taken = {chunk.row: chunk.rows for chunk in chunks}
-    left, others = [], []
+    left: list[Item] = []
+    others: list[int] = []
     row = 0
     for item in items if chunks else ():
         rows = taken.get(row, 0)

@@ -17,7 +17,7 @@ from quire.attention.native import fits
 from quire.kernels import native
 from quire.kv.method import Entries
 
-GATHERED = 1 << 16  # keys that exist as copies at once, but for those of a single block
+GATHERED = 1 << 15  # keys that exist as copies at once, but for those of a single block
 
 Choice = Sequence[Sequence[Tensor]]
 

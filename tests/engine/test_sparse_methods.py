@@ -25,7 +25,7 @@ from quire.schedule.policies import POLICIES
 EVERYTHING = [  # reads all there is
     "pbs(threshold=1.0,block=4,segment=8)",
     "pbs(threshold=1.0,block=4,segment=8,permute=false)",
-    "dhsa(budget=400,block=4,tail=0)",
+    "dhsa(budget=8,chunk=4,first=1000,block=4,tail=3)",
 ]
 LITTLE = [
     "pbs(threshold=0.3,block=4,segment=8)",

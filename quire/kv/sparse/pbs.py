@@ -25,6 +25,8 @@ class PermutedBlocks:
     arXiv 2510.21270. Deviations: what the query heads of a KV head choose, all of them read, and
     they share one order, by their mean. Every chunk ranks anew with its last queries, which is
     cheap only for long chunks (``--chunk 2048``), or with a small ``rank``; the paper's is a block.
+    Chunks that end within a prompt's first ``dense`` tokens, where all that takes longer than it
+    saves, read everything.
     The KV of later layers is approximate, also for whoever shares the prompt's beginning.
     """
 
@@ -33,6 +35,7 @@ class PermutedBlocks:
     segment: int = 256
     permute: bool = True
     rank: int = 128
+    dense: int = 0
     axis: ClassVar[str] = "sparse"
     tail: ClassVar[int] = 0
 
@@ -49,11 +52,13 @@ class PermutedBlocks:
             )
         if self.rank < 1:
             raise _invalid(f"rank={self.rank}: no query ranks the keys.", "Give at least 1.")
+        if self.dense < 0:
+            raise _invalid(f"dense={self.dense} is negative.", "Give a number of tokens.")
 
     @property
     def least(self) -> int:
         """A single segment has nothing to choose."""
-        return self.segment
+        return max(self.segment, self.dense)
 
     def choose(
         self, facts: Facts, layer: int, q: Tensor, entries: Entries, start: int

@@ -164,6 +164,12 @@ def test_importance_is_the_mean_attention_of_the_last_block() -> None:
     torch.testing.assert_close(found.double(), wanted)
 
 
+def test_how_many_tokens_are_read_without_a_choice() -> None:
+    assert PermutedBlocks().least == 256
+    assert PermutedBlocks(dense=100).least == 256
+    assert PermutedBlocks(dense=4096).least == 4096
+
+
 @pytest.mark.parametrize(
     ("text", "word"),
     [
@@ -171,6 +177,7 @@ def test_importance_is_the_mean_attention_of_the_last_block() -> None:
         ("pbs(threshold=1.5)", "share"),
         ("pbs(block=100)", "multiple"),
         ("pbs(rank=0)", "no query"),
+        ("pbs(dense=-1)", "negative"),
         ("pbs+pbs", "sparse"),
     ],
 )

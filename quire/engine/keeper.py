@@ -120,7 +120,7 @@ class Keeper:
         return entries, sparse.choose(self.facts, layer, rows, entries, start)
 
     def watch(self, works: Sequence[Work], layer: int, q: Tensor, positions: Tensor) -> None:
-        """Keep what selector and store want to see.
+        """Keep what methods want to see.
 
         ``q`` ``[tokens, heads, head_dim]``: rotated. Mass is of attention to everything, also where
         rows have chosen what they read.

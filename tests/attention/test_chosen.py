@@ -1,8 +1,11 @@
-"""Attention over chosen keys: the native path and plain products against loops in float64."""
+"""Native attention over chosen entries of the arena, against gathering them with PyTorch."""
 
 from __future__ import annotations
 
+import random
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,109 +14,173 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
-from instruction_sets import NAMES, using
+from instruction_sets import NAMES, threads, using
 
-from quire.attention import chosen
-from quire.kv.method import Entries
+from quire.attention import composed
+from quire.attention.composed import Choice, Partial, Reads
+from quire.attention.native import Shape
+from quire.kernels.native import PAGE
+from quire.kv.arena import TiledArena
+from quire.kv.pages import PagePool, Segment
 
-
-def written_out(
-    q: Tensor,
-    entries: Entries,
-    choice: list[list[Tensor]],
-    block: int,
-    scale: float,
-    softcap: float | None,
-) -> Tensor:
-    """Row by row."""
-    out = torch.zeros(q.shape, dtype=torch.float64)
-    kv_heads, size = entries.positions.shape
-    start = size - len(q)
-    for row in range(len(q)):
-        own = range(start + row // block * block, start + row + 1)
-        for head in range(q.shape[1]):
-            kv = head // (q.shape[1] // kv_heads)
-            places = [*choice[row // block][kv].tolist(), *own]
-            scores = entries.keys[kv, places].double() @ q[row, head].double() * scale
-            if softcap is not None:
-                scores = softcap * (scores / softcap).tanh()
-            out[row, head] = scores.softmax(0) @ entries.values[kv, places].double()
-    return out
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.03}
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 
 
-def some(
-    rows: int, before: int, heads: tuple[int, int], dim: int, block: int, dtype: torch.dtype
-) -> tuple[Tensor, Entries, list[list[Tensor]]]:
-    """Random queries and entries; heads choose anything from nothing to everything."""
-    kv_heads, group = heads
-    q = torch.randn(rows, kv_heads * group, dim).to(dtype)
-    keys, values = torch.randn(2, kv_heads, before + rows, dim).to(dtype)
-    entries = Entries(keys, values, torch.arange(before + rows).expand(kv_heads, -1))
-    choice = []
-    for start in range(before, before + rows, block):
-        shares = [0.0, 1.0, 0.5, 0.1]
-        places = [torch.randperm(start) for _ in range(kv_heads)]
-        choice.append([p[: round(shares[h % 4] * len(p))] for h, p in enumerate(places)])
-    return q, entries, choice
+@pytest.fixture(params=NAMES)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    with using(request.param) as name:
+        yield name
 
 
-@pytest.mark.parametrize("isa", ["plain", *NAMES])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize(
-    ("rows", "before", "heads", "dim", "block", "softcap"),
-    [
-        (40, 100, (2, 3), 32, 16, None),
-        (33, 7, (3, 1), 16, 16, 5.0),
-        (16, 0, (1, 4), 48, 16, None),
-        (1, 5, (2, 2), 16, 8, None),
-        (70, 61, (4, 2), 20, 32, None),  # heads that the kernels do not take
-    ],
-)
-def test_against_loops(
-    isa: str,
-    dtype: torch.dtype,
-    rows: int,
-    before: int,
-    heads: tuple[int, int],
-    dim: int,
-    block: int,
-    softcap: float | None,
-) -> None:
-    torch.manual_seed(rows)
-    q, entries, choice = some(rows, before, heads, dim, block, dtype)
-    wanted = written_out(q, entries, choice, block, 0.3, softcap)
-    near = {"rtol": 0, "atol": 1e-5 if dtype == torch.float32 else 3e-2}
-    with using(isa):
-        for plain in (False, True):
-            found = chosen.attend(
-                q, entries, choice, block, scale=0.3, softcap=softcap, plain=plain
+ISAS = pytest.mark.usefixtures("isa")
+
+
+@dataclass
+class Given:
+    """An index that has chosen already."""
+
+    places: Tensor
+    mask: Tensor | None
+    nbytes: int = 0
+
+    def choose(self, *_: object) -> tuple[Tensor, Tensor | None]:
+        return self.places, self.mask
+
+
+class Case:
+    def __init__(
+        self, seed: int, dtype: torch.dtype, *, dim: int = 32, heads: tuple[int, int] = (2, 2)
+    ) -> None:
+        self.rng = random.Random(seed)
+        torch.manual_seed(seed)
+        self.pool = PagePool(300, PAGE)
+        self.kv_heads, group = heads
+        self.arena = TiledArena.make(2, self.kv_heads, dim, 300 * PAGE, dtype)
+        for tensor in (self.arena.keys, self.arena.values):
+            tensor.fill_(1e4).view(-1)[::3] *= -1  # slots that are never written
+        self.shape = Shape(2, self.kv_heads * group, self.kv_heads, dim)
+        self.choices: list[Choice] = []
+        self.dtype = dtype
+
+    def segment(self, length: int) -> Segment:
+        segment = Segment()
+        while segment.length < length:
+            count = min(self.rng.randrange(1, 90), length - segment.length)
+            slots = torch.from_numpy(self.pool.append(segment, count))
+            for layer in range(2):
+                k, v = torch.randn(2, count, self.kv_heads, self.shape.head_dim).to(self.dtype)
+                self.arena.write(layer, slots, k, v)
+            if self.rng.random() < 0.4:
+                self.pool.append(Segment(), 1)  # the next page is elsewhere
+        return segment
+
+    def choose(
+        self, row: int, rows: int, length: int, count: int, run: int, *, masked: bool = False
+    ) -> None:
+        segment = self.segment(length)
+        if self.rng.random() < 0.5 and length > 20:
+            self.pool.cut(segment, self.rng.randrange(1, 9))  # begins within a page
+        starts = (segment.entries - count % run) // run
+        picked = torch.stack(
+            [torch.randperm(starts)[: count // run] for _ in range(rows * self.kv_heads)]
+        )
+        places = (picked[..., None] * run + torch.arange(run)).flatten(1)
+        places = places.view(rows, self.kv_heads, -1)
+        mask = torch.rand(places.shape) < 0.7 if masked else None
+        self.choices.append(Choice(row, rows, segment, 0, Given(places, mask)))
+
+    def compare(self, rows: int, softcap: float | None = None) -> None:
+        q = torch.randn(rows, self.shape.heads, self.shape.head_dim + 8).to(self.dtype)
+        q = q.flatten(1)[:, : self.shape.heads * self.shape.head_dim].unflatten(
+            1, (self.shape.heads, -1)
+        )
+        positions = torch.full((rows,), 5000)
+        found = []
+        for native in (True, False):
+            reads = Reads([], self.choices)
+            if native:
+                reads = reads.planned(self.shape, {None}, positions.numpy())
+            generator = torch.Generator().manual_seed(1)
+            total = Partial(
+                torch.randn(q.shape, generator=generator),
+                torch.randn(q.shape[:2], generator=generator) + 2,
             )
-            assert found.dtype == dtype
-            torch.testing.assert_close(found.double(), wanted, **near)
+            composed.add_reads(
+                total,
+                reads,
+                self.arena,
+                1,
+                q,
+                positions,
+                [],
+                scale=0.2,
+                softcap=softcap,
+                window=None,
+            )
+            found.append(total)
+        for a, b in ((found[0].out, found[1].out), (found[0].lse, found[1].lse)):
+            torch.testing.assert_close(a, b, rtol=0, atol=TOLERANCE[self.dtype])
 
 
-def test_copies_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    q, entries, choice = some(50, 90, (2, 2), 16, 16, torch.float32)
-    wanted = chosen.attend(q, entries, choice, 16, scale=0.3)
-    gathered = []
-    index_select = Tensor.index_select
-
-    def counting(x: Tensor, dim: int, index: Tensor) -> Tensor:
-        gathered.append(len(index))
-        return index_select(x, dim, index)
-
-    monkeypatch.setattr(Tensor, "index_select", counting)
-    monkeypatch.setattr(chosen, "GATHERED", 200)
-    found = chosen.attend(q, entries, choice, 16, scale=0.3)
-    torch.testing.assert_close(found, wanted)
-    assert len(gathered) == 0 or max(gathered) < 200 + 2 * 2 * 16 + 2 * 2 * 15
+@ISAS
+@DTYPES
+@pytest.mark.parametrize("run", [1, 2, 8, 16, 24])
+@pytest.mark.parametrize("masked", [False, True])
+def test_runs_of_neighbours(dtype: torch.dtype, run: int, masked: bool) -> None:
+    case = Case(run, dtype)
+    case.choose(1, 3, 700, 192, run, masked=masked)
+    case.compare(5, None if masked else 2.0)
 
 
-def test_stored_entries_of_another_type() -> None:
-    """A store may read back float32 for a bfloat16 model."""
-    torch.manual_seed(1)
-    q, entries, choice = some(20, 30, (2, 2), 16, 16, torch.bfloat16)
-    wide = Entries(entries.keys.float(), entries.values.float(), entries.positions)
-    found = chosen.attend(q, wide, choice, 16, scale=0.3)
-    assert torch.equal(found, chosen.attend(q, entries, choice, 16, scale=0.3))
+@ISAS
+@DTYPES
+@pytest.mark.parametrize(
+    ("dim", "kv_heads", "group"), [(16, 1, 1), (48, 2, 3), (80, 1, 4), (128, 1, 7), (256, 1, 8)]
+)
+def test_sizes_of_heads(dtype: torch.dtype, dim: int, kv_heads: int, group: int) -> None:
+    case = Case(dim, dtype, dim=dim, heads=(kv_heads, group))
+    case.choose(0, 2, 300, 104, 8)
+    case.compare(2)
+
+
+@ISAS
+@pytest.mark.parametrize("count", [1, 2])
+def test_rows_with_several_choices(count: int) -> None:
+    """Of one segment for some rows, of two for others, of none for the last."""
+    case = Case(3, torch.float32)
+    case.choose(0, 4, 400, 64, 8)
+    case.choose(2, 3, 90, 30, 1, masked=True)
+    case.choose(3, 1, 17, 17, 1)
+    with threads(count):
+        case.compare(6)
+
+
+@ISAS
+@pytest.mark.parametrize("entries", [1, 7, 8, 9])
+def test_few_entries(entries: int) -> None:
+    case = Case(entries, torch.float32)
+    case.choose(0, 1, entries, entries, 1)
+    case.compare(1)
+
+
+@ISAS
+def test_nothing_chosen() -> None:
+    case = Case(0, torch.float32)
+    case.choose(0, 2, 50, 16, 8)
+    given = case.choices[0].index
+    assert isinstance(given, Given)
+    given.mask = torch.zeros(given.places.shape, dtype=torch.bool)
+    case.compare(2)
+
+
+@ISAS
+@pytest.mark.parametrize("wrong", [-9, 900])
+def test_entries_that_are_not_there(wrong: int) -> None:
+    case = Case(0, torch.float32)
+    case.choose(0, 1, 64, 16, 8)
+    given = case.choices[0].index
+    assert isinstance(given, Given)
+    given.places[0, 1, 3] = wrong
+    with pytest.raises(IndexError, match="not in its segment"):
+        case.compare(1)

@@ -279,12 +279,12 @@ def _memory(recorder: Recorder) -> Chart:
 
 def _saving(summary: Summary) -> list[Part]:
     asked = max(summary.prompt_tokens, 1)
-    saved = summary.saved_tokens
-    rest = summary.prompt_tokens - saved
-    return [
-        Part("computed", "blue", f"{rest:,}", rest / asked),
-        Part("saved", "pale", f"{saved:,}", saved / asked),
-    ]
+    saved, loaded = summary.saved_tokens, summary.loaded_tokens
+    rest = summary.prompt_tokens - saved - loaded
+    parts = [Part("computed", "blue", f"{rest:,}", rest / asked)]
+    if loaded:
+        parts.append(Part("loaded", "green", f"{loaded:,}", loaded / asked))
+    return [*parts, Part("saved", "pale", f"{saved:,}", saved / asked)]
 
 
 def _groups(recorder: Recorder, decode: Callable[[Sequence[int]], str]) -> list[dict[str, Any]]:

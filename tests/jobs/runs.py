@@ -40,6 +40,7 @@ def summarise(recorder: Recorder, seconds: float, *, interrupted: bool = False) 
         prompt_tokens=stats.prompt_tokens,
         computed_tokens=stats.computed_tokens,
         recomputed_tokens=stats.recomputed_tokens,
+        loaded_tokens=stats.loaded_tokens,
         saved_tokens=stats.saved_tokens,
         output_tokens=stats.output_tokens,
         tokens_per_second=(stats.prompt_tokens + stats.output_tokens) / seconds,

@@ -6,6 +6,7 @@ import _thread
 import faulthandler
 import math
 import os
+import signal
 import sys
 import threading
 import time
@@ -63,7 +64,15 @@ class Watchdog:
                 )
                 faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
                 sys.stderr.flush()
-                _thread.interrupt_main()
+                _interrupt()
                 if not self._stop.wait(GRACE_SECONDS):
                     os._exit(EXIT_STATUS)
                 return
+
+
+def _interrupt() -> None:
+    """Raise KeyboardInterrupt in the main thread, out of a system call too where that is known."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    else:
+        _thread.interrupt_main()

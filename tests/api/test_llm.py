@@ -117,6 +117,7 @@ def test_chat() -> None:
     assert [o.outputs[0].text for o in many] == [one[0].outputs[0].text] * 2
 
 
+@pytest.mark.slow
 def test_close_gives_the_memory_back(tmp_path: Path) -> None:
     from quire.bench.shapes import make_checkpoint
 

@@ -25,6 +25,7 @@ def tokens(model: str | Path, **options: str) -> list[int]:
         return llm.generate(PROMPT, GREEDY)[0].outputs[0].token_ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["int8", "int4:32", "int4:64+zeros"])
 def test_converted_is_what_is_quantised_on_load(weights: str, tmp_path: Path) -> None:
     target = tmp_path / "new"

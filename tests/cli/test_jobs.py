@@ -20,6 +20,9 @@ from typer.testing import CliRunner
 from quire.cli.main import app
 from quire.jobs.journal import Journal
 
+pytestmark = pytest.mark.slow  # each runs the command as a process
+
+
 FAST = ["--threads", "1", "--kv-memory", "32MiB", "--max-tokens", "8", "--dtype", "float32"]
 
 

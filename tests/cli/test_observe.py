@@ -13,6 +13,9 @@ from urllib.request import urlopen
 
 import pytest
 
+pytestmark = pytest.mark.slow  # each runs the command as a process
+
+
 FAST = ["--threads", "1", "--kv-memory", "32MiB", "--max-tokens", "8", "--temperature", "0"]
 SHARED = "The king sat by the window and looked at the garden, as he did on every day. " * 3
 WITHOUT = (

@@ -15,6 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+pytestmark = pytest.mark.slow  # each runs the command as a process
+
+
 FAST = ["--threads", "1", "--kv-memory", "32MiB", "--max-tokens", "8", "--temperature", "0"]
 
 

@@ -133,6 +133,7 @@ def test_same_tokens_whatever_the_plan(
             assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-3)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_alone_or_in_company(seed: int) -> None:
@@ -294,6 +295,7 @@ def test_abort_gives_everything_back() -> None:
     assert engine.unfinished == 0
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 10**6),

@@ -63,6 +63,7 @@ with LLM({str(tinystories)!r}, dtype="float32", memory="1000MiB", chunk=128, thr
     assert int(done.stdout) < 1000
 
 
+@pytest.mark.slow
 def test_watchdog_dumps_the_state_and_interrupts() -> None:
     code = """
 import time

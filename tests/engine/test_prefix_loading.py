@@ -37,6 +37,7 @@ def files(folder: Path, key: str = "k") -> PrefixFiles:
 RECIPES = ["none", "kivi(bits=4,residual=16,group=16)", "snapkv(budget=40,window=8)"]
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     seeds=st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)),

@@ -167,6 +167,7 @@ def run_recipe(
     return run(requests, recipe=recipe, **options)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     name=st.sampled_from(list(EXACT)),
@@ -195,6 +196,7 @@ def test_methods_that_lose_nothing_change_nothing(
     assert tokens(found) == tokens(wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["streaming(budget=16,sinks=2)", "snapkv(budget=24,window=8)"])
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10**6), chunk=st.sampled_from([7, 64, 512]))

@@ -265,6 +265,7 @@ def least_pages(requests: list[EngineRequest]) -> int:
     return max(pages(len(r.prompt)) + pages(r.params.max_tokens or 0) for r in requests)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
@@ -281,6 +282,7 @@ def test_same_tokens_whatever_the_plan(seed: int, policy: str, extra: int, chunk
     assert outputs(found) == outputs(expected)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_rows_do_not_change_each_other(seed: int) -> None:

@@ -52,6 +52,7 @@ def run(what: Job, asked: list[str]) -> Summary:
     return run_job(what, lambda: FakeLLM(asked.append), view=Lines(sys.stderr), say=lambda _: None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", [1, 2, 7])
 def test_an_output_that_cannot_grow_ends_the_run_and_keeps_the_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: int

@@ -105,6 +105,7 @@ VALUE = (
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     rows=st.lists(st.dictionaries(st.sampled_from("abc"), VALUE), max_size=8),

@@ -129,6 +129,7 @@ def test_the_page_needs_no_network_and_runs_one_script(demo: tuple[str, Page, Su
     assert "default-src 'none'" in str(policy)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(evil=st.one_of(st.just(EVIL), st.text(max_size=60)))
 def test_everything_from_outside_is_escaped(evil: str) -> None:

@@ -301,6 +301,7 @@ ODD = (
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=500, deadline=None)
 @given(st.dictionaries(st.sampled_from(NAMES), JSON, max_size=6) | JSON | st.text(max_size=30))
 def test_no_line_raises(line: object) -> None:
@@ -310,6 +311,7 @@ def test_no_line_raises(line: object) -> None:
     assert isinstance(parser(template="{{ prompt }}").read(raw), (Row, BadRow))
 
 
+@pytest.mark.slow
 @settings(max_examples=500, deadline=None)
 @given(st.dictionaries(st.sampled_from(NAMES), ODD, max_size=6))
 def test_no_columns_raise(values: dict[str, Any]) -> None:

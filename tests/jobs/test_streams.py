@@ -44,6 +44,7 @@ def test_round_trip(pack: object, data: bytes) -> None:
     assert unpack(pack(data)) == (data, False)  # type: ignore[operator]
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(share=st.floats(0.0001, 0.9999), flip=st.booleans())
 def test_gzip_gives_all_bytes_before_the_damage(share: float, flip: bool) -> None:
@@ -58,6 +59,7 @@ def test_gzip_gives_all_bytes_before_the_damage(share: float, flip: bool) -> Non
     assert failed or found == TEXT  # a flipped bit of the header changes nothing
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(share=st.floats(0.001, 0.9999))
 def test_zstd_gives_all_bytes_before_the_end(share: float) -> None:

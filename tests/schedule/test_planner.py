@@ -4,6 +4,7 @@ from functools import cache
 from itertools import product
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -142,6 +143,7 @@ def test_short_spans_are_folded() -> None:
     assert [child.kv_start for child in node.branches] == [0, 0]
 
 
+@pytest.mark.slow
 def test_a_deep_chain_needs_no_recursion() -> None:
     tree, sequences = planted([[1] * n for n in range(1, 1500)])
     decide_segments(tree.root)

@@ -56,6 +56,7 @@ def test_like_loops(
             assert kept[:-5] == wanted
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     size=st.integers(1, 40),

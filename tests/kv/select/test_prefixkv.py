@@ -59,6 +59,7 @@ def reference(kept: int, prompt: int, tokens: int, share: bool, distance: int) -
     return held
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     prompt=st.integers(2, 50),

@@ -9,6 +9,7 @@ from quire.errors import InvalidRequestError
 from quire.kv.select.sink_recent import SinkRecent
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     prompt=st.integers(1, 40),

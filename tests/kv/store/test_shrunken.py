@@ -231,6 +231,7 @@ def test_alone_the_plan_changes_nothing(seed: int, text: str) -> None:
         assert tokens(found) == tokens(wanted)
 
 
+@pytest.mark.slow
 def test_the_demonstration_model() -> None:
     """Half of the channels, calibrated on another text, still write nearly what all would."""
     story = "It was a dark and stormy night, and the old man sat by the fire. " * 20

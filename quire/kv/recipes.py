@@ -34,6 +34,7 @@ from quire.kv.sparse.pbs import PermutedBlocks
 from quire.kv.store.affine import Kivi
 from quire.kv.store.bfp import BlockFloat
 from quire.kv.store.cross_layer import CrossLayer
+from quire.kv.store.disk import OnDisk, instinfer
 from quire.kv.store.fp8 import Fp8
 from quire.kv.store.gear import Gear
 from quire.kv.store.int8 import Int8
@@ -72,6 +73,8 @@ METHODS: dict[str, Callable[..., Any]] = {
     "sparf": LoudChannels,
     "pbs": PermutedBlocks,
     "dhsa": Hierarchical,
+    "disk": OnDisk,
+    "instinfer": instinfer,
 }
 
 AXES = ("select", "store", "fetch", "sparse", "shorten")

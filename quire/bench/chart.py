@@ -60,10 +60,14 @@ class Line:
 
 
 def write_lines(file: Path, title: str, panels: Mapping[str, Sequence[Line]]) -> None:
-    """Panels side by side with the same lines; x from 0 on, y from 0 to 100."""
+    """Panels side by side with the same lines; x from 0 on, y from 0 to 100.
+
+    Where there are more names than colours, lines are numbered, too.
+    """
     points = [p for lines in panels.values() for line in lines for p in line.points]
     most = 25 * ceil(max([100.0, *(x for x, _ in points)]) / 25)
     names = list(dict.fromkeys(line.name for lines in panels.values() for line in lines))
+    numbered = len(names) > len(COLOURS)
     rows = -(-len(names) // COLUMNS)
     top = TOP + 16 * rows
     width = LEFT + (PANEL + LEFT) * len(panels)
@@ -71,7 +75,7 @@ def write_lines(file: Path, title: str, panels: Mapping[str, Sequence[Line]]) ->
     for index, name in enumerate(names):
         x, y = LEFT + 170 * (index % COLUMNS), 32 + 16 * (index // COLUMNS)
         parts.append(_box(x, y, 12, 12, _colour(index)))
-        parts.append(_text(x + 17, y + 10, name, "start"))
+        parts.append(_text(x + 17, y + 10, f"{index + 1} {name}" if numbered else name, "start"))
     for number, (panel, lines) in enumerate(panels.items()):
         left = LEFT + (PANEL + LEFT) * number
         parts.append(_text(left + PANEL / 2, top - 8, panel, "middle"))
@@ -83,7 +87,8 @@ def write_lines(file: Path, title: str, panels: Mapping[str, Sequence[Line]]) ->
             place = left + PANEL * tick / most
             parts.append(_text(place, top + HEIGHT + 18, str(tick), "middle"))
         for line in lines:
-            colour = _colour(names.index(line.name))
+            index = names.index(line.name)
+            colour = _colour(index)
             places = [
                 (left + PANEL * x / most, top + HEIGHT * (1 - y / 100))
                 for x, y in line.points
@@ -95,6 +100,8 @@ def write_lines(file: Path, title: str, panels: Mapping[str, Sequence[Line]]) ->
             parts += [
                 f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' for x, y in places
             ]
+            if numbered:
+                parts += [_text(x + 5, y - 3, str(index + 1), "start", 9) for x, y in places]
     file.write_text("\n".join([*parts, "</svg>", ""]), encoding="utf-8")
 
 

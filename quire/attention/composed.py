@@ -8,6 +8,7 @@ and chosen ones where they lie in the arena; `partial` defines what they compute
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -38,6 +39,11 @@ class Choice:
     segment: Segment
     start: int
     index: Index
+
+    @functools.cached_property
+    def tiles(self) -> tuple[int, NDArray[np.int32]]:
+        """Where the segment lies in the arena, the same for all layers; see `Segment.tiles`."""
+        return self.segment.tiles(native.PAGE)
 
 
 @dataclass(frozen=True)
@@ -347,7 +353,7 @@ def _add_chosen(
     held = []  # what the addresses are of
     for choice, places, mask in found:
         places, mask = places.contiguous(), None if mask is None else mask.contiguous()
-        offset, pages = choice.segment.tiles(native.PAGE)
+        offset, pages = choice.tiles
         held.append((places, mask, pages))
         reads.append(
             [

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
+#include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "kernels.h"
@@ -15,9 +17,38 @@ namespace quire::QUIRE_ISA {
 namespace {
 
 struct ChooseWorkspace {
-    std::vector<float> scores, best, sorted;
+    std::vector<float> scores, best, hidden;
+    std::vector<int32_t> order;
     std::vector<uint32_t> q;
 };
+
+// An integer that compares with others as `x` does with their floats; never the least of all.
+inline int32_t ordered(float x) {
+    int32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits < 0 ? -(bits & INT32_MAX) : bits;
+}
+
+inline int64_t at_least(const int32_t* x, int64_t n, int64_t border) {
+    int32_t found = 0;
+    if (border > INT32_MAX) return 0;
+    for (int64_t i = 0; i < n; ++i) found += x[i] >= int32_t(border);
+    return found;
+}
+
+// The count-th largest of `n`, bit by bit: counting is faster than partial sorting, whose branches
+// nobody can predict.
+inline int32_t largest(const int32_t* x, int64_t n, int64_t count) {
+    int64_t low = INT32_MIN, high = INT32_MAX;
+    while (low < high) {
+        const int64_t middle = low + (high - low + 1) / 2;
+        if (at_least(x, n, middle) >= count)
+            low = middle;
+        else
+            high = middle - 1;
+    }
+    return int32_t(low);
+}
 
 template <class E> void choose_one(const ChooseArgs& args, int64_t row, int64_t head) {
     using T = typename E::Element;
@@ -37,13 +68,13 @@ template <class E> void choose_one(const ChooseArgs& args, int64_t row, int64_t 
         steps, WIDTH, false);
     const uint8_t* skipped = args.skipped + head * args.chunks;
     const F factor = splat(args.scale * LOG2E);
+    work.hidden.assign(wide, -INFINITY);
+    for (int64_t c = 0; c < args.chunks; ++c) work.hidden[c] = skipped[c] ? -INFINITY : 0;
     for (int64_t g = 0; g < args.group; ++g) {
         float* s = work.scores.data() + g * wide;
-        for (int64_t c = 0; c < wide; ++c)
-            if (c >= args.chunks || skipped[c]) s[c] = -INFINITY;
         F most = splat(-INFINITY), total = splat(0);
         for (int64_t c = 0; c < wide; c += WIDTH) {
-            const F x = load(s + c) * factor;
+            const F x = fma(load(s + c), factor, load(&work.hidden[c]));
             store(s + c, x);
             most = max(most, x);
         }
@@ -55,17 +86,17 @@ template <class E> void choose_one(const ChooseArgs& args, int64_t row, int64_t 
             store(&work.best[c], max(load(&work.best[c]), load(s + c) - shift));
     }
     // All above the count-th largest, and as many of its equals as fit, in the order of their chunks.
-    for (int64_t c = 0; c < args.chunks; ++c)
-        if (!skipped[c] && !(work.best[c] >= -FLT_MAX)) work.best[c] = -FLT_MAX;  // NaN has no order
-    work.sorted.assign(work.best.begin(), work.best.begin() + args.chunks);
-    const auto least = work.sorted.begin() + args.count - 1;
-    std::nth_element(work.sorted.begin(), least, work.sorted.end(), std::greater<float>());
-    const float border = *least;
-    int64_t equals = args.count;
-    for (int64_t c = 0; c < args.chunks; ++c) equals -= work.best[c] > border;
+    work.order.resize(args.chunks);
+    int32_t* order = work.order.data();
+    for (int64_t c = 0; c < args.chunks; ++c) {
+        const float x = work.best[c] >= -FLT_MAX ? work.best[c] : -FLT_MAX;  // NaN has no order
+        order[c] = skipped[c] ? INT32_MIN : ordered(x);
+    }
+    const int32_t border = largest(order, args.chunks, args.count);
+    int64_t equals = args.count - at_least(order, args.chunks, int64_t(border) + 1);
     int64_t* to = args.places + (row * args.kv_heads + head) * args.stride;
     for (int64_t c = 0; c < args.chunks; ++c) {
-        if (!(work.best[c] > border) && !(work.best[c] == border && equals-- > 0)) continue;
+        if (!(order[c] > border) && !(order[c] == border && equals-- > 0)) continue;
         for (int64_t i = 0; i < args.run; ++i) *to++ = c * args.run + i;
     }
 }

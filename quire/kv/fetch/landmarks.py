@@ -12,6 +12,7 @@ from torch import Tensor
 from quire.kernels import native
 from quire.kernels.native import PAGE
 from quire.kv.method import Entries, Facts, Index, Reader
+from quire.kv.select.budget import require
 from quire.kv.tree import Tokens
 
 
@@ -29,6 +30,12 @@ class Landmarks:
     local: int = 4
     axis: ClassVar[str] = "fetch"
     window: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("chunk", 1), ("budget", self.chunk), ("outliers", 0), ("local", 0)):
+            require(
+                getattr(self, name) >= least, f"{name}={getattr(self, name)}: at least {least}."
+            )
 
     def index(
         self,

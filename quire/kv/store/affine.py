@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from quire.kv.method import Entries, Facts
+from quire.kv.store.options import check_bits, check_sizes
 from quire.kv.store.packed import Format, Packed
 
 
@@ -26,6 +27,10 @@ class Kivi:
     residual: int = 128
     axis: ClassVar[str] = "store"
     recent: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+        check_sizes(group=self.group, residual=self.residual)
 
     @property
     def block(self) -> int:

@@ -20,6 +20,7 @@ from quire.kv.method import Index, Reader
 from quire.kv.pages import Segment
 from quire.models import rope
 from quire.models.decoder import Attend, Decoder
+from quire.models.fused import Fused, fuse
 
 LOGIT_BYTES = 64 << 20  # workspace for one tile of float32 logits
 
@@ -40,6 +41,11 @@ class Runner:
     deterministic: bool = False
     keeper: Keeper | None = None
     head_seconds: float = 0.0  # spent on logits
+    fused: Fused | None = None  # the layers in one call, where that is all that is wanted
+
+    def __post_init__(self) -> None:
+        if isinstance(self.arena, TiledArena) and not self.plain and self.keeper is None:
+            self.fused = fuse(self.model, self.arena)
 
     def forward(self, works: Sequence[Work]) -> Tensor:
         """Compute all tokens of ``works`` (in order): final hidden states [tokens, hidden]."""
@@ -50,6 +56,9 @@ class Runner:
         positions = np.concatenate([np.arange(i.start, i.start + i.count) for i in items])
         at = torch.from_numpy(positions).to(device)
         with torch.inference_mode():
+            if self.fused is not None:
+                layers = self.fused.over(slots, self._plans(items))
+                return self.model.around(ids, at, layers)
             if self.keeper is None:
                 attend = self._attend(items, slots)
             else:

@@ -30,9 +30,9 @@ from quire.weights.quantise import parse
 
 def decode_step(model: Decoder, rows: int, context: int) -> tuple[Engine, Sequence[Work]]:
     """An engine in the midst of decoding ``rows`` requests, and the work of its last step."""
-    engine = Engine(model, None, policy=POLICIES["batch"], kv_bytes=1 << 30, chunk=2048)
+    engine = Engine(model, None, policy=POLICIES["batch"], kv_bytes=1 << 30, chunk=1 << 15)
     rng = np.random.default_rng(0)
-    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
     vocab = model.spec.vocab_size
     engine.add(
         EngineRequest(i, rng.integers(0, vocab, context).astype(np.int32), params, i)

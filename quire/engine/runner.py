@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quire.attention import chosen, composed, merged, native, reference
 from quire.attention.segments import Item, lay_out
+from quire.engine.fused import Fused, fuse
 from quire.engine.keeper import Chunk, Keeper
 from quire.engine.world import Work
 from quire.kernels.native import rotate_append
@@ -20,7 +21,6 @@ from quire.kv.method import Index, Reader
 from quire.kv.pages import Segment
 from quire.models import rope
 from quire.models.decoder import Attend, Decoder
-from quire.models.fused import Fused, fuse
 
 LOGIT_BYTES = 64 << 20  # workspace for one tile of float32 logits
 
@@ -57,7 +57,7 @@ class Runner:
         at = torch.from_numpy(positions).to(device)
         with torch.inference_mode():
             if self.fused is not None:
-                layers = self.fused.over(slots, self._plans(items))
+                layers = self.fused.over(slots, self._plans(items, self.fused.windows))
                 return self.model.around(ids, at, layers)
             if self.keeper is None:
                 attend = self._attend(items, slots)
@@ -112,7 +112,7 @@ class Runner:
         return attend_plainly
 
     def _plans(
-        self, items: Sequence[Item], windows: set[int | None]
+        self, items: Sequence[Item], windows: Iterable[int | None]
     ) -> dict[int | None, native.Plan]:
         """The native kernels' plan for each window."""
         return {

@@ -580,6 +580,16 @@ def tiles(weight: Tensor, pack: int) -> Tensor:
     return padded.view(-1, 16, ins // pack, pack).transpose(1, 2).contiguous()
 
 
+def widen(x: Tensor) -> Tensor:
+    """``x`` in float32."""
+    if x.dtype == torch.float32:
+        return x
+    assert x.is_contiguous()
+    out = torch.empty(x.shape, dtype=torch.float32)
+    _native().widen(x.data_ptr(), out.data_ptr(), x.numel())
+    return out
+
+
 def argmax(logits: Tensor) -> Tensor:
     """The first largest of each row of float32 ``[rows, vocab]``: int64 ``[rows]``."""
     assert logits.is_contiguous()

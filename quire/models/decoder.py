@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from quire.kernels import native
 from quire.models import rope
 from quire.models.blocks import MLP, MixtureOfExperts, Normalise
 from quire.models.spec import LayerSpec, ModelSpec, Rope
@@ -113,7 +114,8 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``hidden`` ``[rows, hidden]`` -> float32 logits ``[rows, vocab]``."""
-        logits = self.head(hidden).float()
+        logits = self.head(hidden)
+        logits = native.widen(logits) if native.fits(logits) else logits.float()
         cap = self.spec.final_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -19,6 +19,7 @@
 #include "pool.h"
 #include "step.h"
 #include "targets.h"  // QUIRE_TARGETS(X): X(isa) for each target, written by CMake
+#include "widen.h"
 
 namespace nb = nanobind;
 
@@ -330,6 +331,9 @@ NB_MODULE(_native, m) {
     nb::class_<Model>(m, "Model");
     m.def("make_model", make_model);
     m.def("run_layers", step);
+    m.def("widen", [](uintptr_t from, uintptr_t to, int64_t count) {
+        widen(at<uint16_t>(from), at<uint32_t>(to), count);
+    }, free);
     m.def("argmax", argmax, free);
     m.def("sample", sample, free);
     m.def("mask", mask, free);

@@ -22,7 +22,7 @@ constexpr int64_t INNER_BYTES = 2048;  // of a row, multiplied at once, so that 
 constexpr int64_t EXPANDED_ROWS = 2 * MOST_ROWS;  // that share an expanded slice of SLICE inputs
 constexpr int64_t SLICE = 256;
 // Units of codes that few rows fetch ahead: the work on a unit is long enough to keep the processor
-// from doing so itself. (Denser formats are slower with it.)
+// from doing so itself. (Denser formats gained nothing.)
 constexpr int64_t AHEAD = 64 * WIDTH;
 
 // out[row, 16 columns] = value + bias + add.

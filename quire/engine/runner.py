@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quire.attention import chosen, composed, merged, native, reference
 from quire.attention.segments import Item, lay_out
+from quire.engine.fused import Fused, fuse
 from quire.engine.keeper import Chunk, Keeper
 from quire.engine.world import Work
 from quire.kernels.native import rotate_append
@@ -40,6 +41,11 @@ class Runner:
     deterministic: bool = False
     keeper: Keeper | None = None
     head_seconds: float = 0.0  # spent on logits
+    fused: Fused | None = None  # the layers in one call, where that is all that is wanted
+
+    def __post_init__(self) -> None:
+        if isinstance(self.arena, TiledArena) and not self.plain and self.keeper is None:
+            self.fused = fuse(self.model, self.arena)
 
     def forward(self, works: Sequence[Work]) -> Tensor:
         """Compute all tokens of ``works`` (in order): final hidden states [tokens, hidden]."""
@@ -50,6 +56,9 @@ class Runner:
         positions = np.concatenate([np.arange(i.start, i.start + i.count) for i in items])
         at = torch.from_numpy(positions).to(device)
         with torch.inference_mode():
+            if self.fused is not None:
+                layers = self.fused.over(slots, self._plans(items, self.fused.windows))
+                return self.model.around(ids, at, layers)
             if self.keeper is None:
                 attend = self._attend(items, slots)
             else:
@@ -103,7 +112,7 @@ class Runner:
         return attend_plainly
 
     def _plans(
-        self, items: Sequence[Item], windows: set[int | None]
+        self, items: Sequence[Item], windows: Iterable[int | None]
     ) -> dict[int | None, native.Plan]:
         """The native kernels' plan for each window."""
         return {

@@ -79,9 +79,14 @@ def activate(x: Tensor, activation: str) -> Tensor:
 
 def _kernel(x: Tensor, activation: str) -> str | None:
     """The native kernel's name for an activation, if it can be used."""
+    return kernel_name(activation) if native.fits(x) else None
+
+
+def kernel_name(activation: str) -> str | None:
+    """The native kernel's name for an activation, if there is one."""
     same = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}
     name = same.get(activation, activation)
-    return name if native.fits(x) and name in native.ACTIVATIONS else None
+    return name if name in native.ACTIVATIONS else None
 
 
 @dataclass(frozen=True)

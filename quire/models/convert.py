@@ -65,10 +65,13 @@ def _tensors(
             continue
         shape = checkpoint.header(name)[0]
         values = checkpoint.get(name, shape)
-        eight = weights.bits == 8 and name in (head, embed if spec.tied else head)
-        if is_layer_matrix(spec, name, shape) or eight:
-            layer = (head if eight else name).removesuffix(".weight")
-            found |= saved.tensors(layer, quantise(Dense(values), weights))
-        if not is_layer_matrix(spec, name, shape) and (not eight or name == embed):
+        if is_layer_matrix(spec, name, shape):
+            matrix = quantise(Dense(values), weights)
+            found |= saved.tensors(name.removesuffix(".weight"), matrix)
+            continue
+        if name == (embed if spec.tied else head):
+            matrix = quantise(Dense(values), weights.head)
+            found |= saved.tensors(head.removesuffix(".weight"), matrix)
+        if name != head:
             found[name] = values.to(dtype)
     return {name: tensor.contiguous() for name, tensor in found.items()}

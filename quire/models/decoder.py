@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from quire.kernels import native
 from quire.models import rope
 from quire.models.blocks import MLP, MixtureOfExperts, Normalise
 from quire.models.spec import LayerSpec, ModelSpec, Rope
@@ -87,18 +89,33 @@ class Decoder:
 
         ``layers``: run only the first so many.
         """
+
+        def one_by_one(x: Tensor, angles: Angles) -> Tensor:
+            for index, layer in enumerate(self.layers[:layers]):
+                x = self._layer(index, layer, x, angles, attend)
+            return x
+
+        return self.around(ids, positions, one_by_one)
+
+    def around(
+        self, ids: Tensor, positions: Tensor, layers: Callable[[Tensor, Angles], Tensor]
+    ) -> Tensor:
+        """The same for ``layers``, which takes embeddings ``[tokens, hidden]`` through all layers.
+
+        It is given cosines and sines of the positions for each kind of rotation, and may overwrite
+        the embeddings.
+        """
         x = self.embedding.rows(ids)
         if self.spec.embed_scale is not None:
             x = x * torch.tensor(self.spec.embed_scale, dtype=x.dtype, device=x.device)
         ropes = {layer.spec.rope for layer in self.layers} - {None}
         angles = {r: rope.tables(r, positions) for r in ropes if r is not None}
-        for index, layer in enumerate(self.layers[:layers]):
-            x = self._layer(index, layer, x, angles, attend)
-        return self.final_norm(x)
+        return self.final_norm(layers(x, angles))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``hidden`` ``[rows, hidden]`` -> float32 logits ``[rows, vocab]``."""
-        logits = self.head(hidden).float()
+        logits = self.head(hidden)
+        logits = native.widen(logits) if native.fits(logits) else logits.float()
         cap = self.spec.final_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -217,10 +217,10 @@ def weight_bytes(folder: Path, dtype: torch.dtype, weights: Asked | None = None)
         dense = math.prod(shape) * dtype.itemsize
         if name == embed:
             total += dense
-        if weights is not None and (
-            is_layer_matrix(spec, name, shape) or (weights.bits == 8 and name in (head, embed))
-        ):
-            total += weights.nbytes(shape) if name != embed or spec.tied else 0
+        if weights is not None and is_layer_matrix(spec, name, shape):
+            total += weights.nbytes(shape)
+        elif weights is not None and name == (embed if spec.tied else head):
+            total += weights.head.nbytes(shape)
         elif name != embed and not (name == head and spec.tied):
             total += checkpoint.held_bytes(name, dtype)
     return total
@@ -246,7 +246,7 @@ def load_model(
 ) -> Decoder:
     """Load a checkpoint. ``dtype`` None keeps the stored one. Raises ModelError.
 
-    ``weights``: quantise the layers' matrices on the way; None keeps what is stored.
+    ``weights``: quantise the layers' matrices and the head on the way; None keeps what is stored.
     ``deterministic``: products whose rows do not depend on the batch.
     """
     spec = load_spec(folder, context)
@@ -286,13 +286,11 @@ class _Loader:
         table = (spec.vocab_size, spec.hidden_size)
         values = self.tensor(f"{names.embed}.weight", table)
         embedding = DenseProduct.make(values)
-        # A head of 4 bits costs more quality than its size is worth; 8 bits are near lossless.
-        eight = self.asked is not None and self.asked.bits == 8
         if not spec.tied or f"{names.head}.values" in self.checkpoint.names():
-            head = self.linear((names.head,), table[0], table[1], bias=False, quantised=eight)
+            head = self.head(self.checkpoint.matrix(names.head, table))
         else:
             self.checkpoint.used.add(f"{names.head}.weight")
-            head = Linear(self.product(quantise(Dense(values), self.asked)) if eight else embedding)
+            head = Linear(embedding) if self.asked is None else self.head(Dense(values))
         decoder = Decoder(
             spec,
             embedding,
@@ -308,6 +306,9 @@ class _Loader:
                 stacklevel=3,
             )
         return decoder
+
+    def head(self, matrix: Matrix) -> Linear:
+        return Linear(self.product(quantise(matrix, self.asked and self.asked.head)))
 
     def matters(self, name: str) -> bool:
         """Whether leaving out a tensor that was not used may change what the model computes."""

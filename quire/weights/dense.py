@@ -47,6 +47,12 @@ class DenseProduct:
         out = functional.linear(x, self.unpacked(), bias)
         return out if add is None else add + out
 
+    def packed(self) -> native.Weights | None:
+        """What the native kernels multiply with; None where they do not."""
+        if self.values.dim() == 2:
+            return None
+        return native.Weights("dense", self.values, self._ins, self.outs)
+
     def unpacked(self) -> Tensor:
         """``[out, in]``."""
         if self.values.dim() == 2:

@@ -63,10 +63,28 @@ class GroupedProduct:
                 self.outs,
                 bias,
                 add,
-                few=not self.invariant and self.group % 16 == 0,
+                few=self._few,
             )
         out = functional.linear(x, self.unpacked().dequantise().to(x.dtype), bias)
         return out if add is None else add + out
+
+    @property
+    def _few(self) -> bool:
+        return not self.invariant and self.group % 16 == 0
+
+    def packed(self) -> native.Weights | None:
+        """What the native kernels multiply with."""
+        return native.Weights(
+            "grouped",
+            self.codes,
+            self.scales.shape[1] * self.group,
+            self.outs,
+            scales=self.scales,
+            offsets=self.offsets,
+            bits=self.bits,
+            group=self.group,
+            few=self._few,
+        )
 
     def unpacked(self) -> Grouped:
         """The matrix as it was packed."""

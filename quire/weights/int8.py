@@ -54,6 +54,15 @@ class Int8Product:
         out = out if bias is None else out + bias.float()
         return (out if add is None else out + add.float()).to(x.dtype)
 
+    def packed(self) -> native.Weights | None:
+        """What the native kernels multiply with; None where they do not."""
+        if self.values.dim() == 2:
+            return None
+        ins = self.values.shape[1] * self.values.shape[3]
+        return native.Weights(
+            "int8", self.values, ins, self.outs, scales=self.scales, sums=self.sums
+        )
+
     def _unpacked(self) -> Tensor:
         if self.values.dim() == 2:
             return self.values

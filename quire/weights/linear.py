@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from quire.kernels.native import Weights
 from quire.weights.dense import DenseProduct
 from quire.weights.formats import ByChannel, Dense, Grouped, Matrix
 from quire.weights.grouped import GroupedProduct, packs
@@ -29,6 +30,10 @@ class Product(Protocol):
 
     def __call__(self, x: Tensor, bias: Tensor | None, add: Tensor | None) -> Tensor:
         """``x W^T + bias + add``: ``x`` ``[rows, in]`` -> ``[rows, out]``, in x's dtype."""
+        ...
+
+    def packed(self) -> Weights | None:
+        """What the native kernels multiply with; None where they do not."""
         ...
 
 

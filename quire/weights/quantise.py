@@ -20,7 +20,10 @@ _TINY = 1e-30
 
 @dataclass(frozen=True)
 class Asked:
-    """Weights to make on load: 8 ``bits`` by channel, or 4 in groups, with or without ``zeros``."""
+    """Weights to make on load: 8 ``bits`` by channel, or 4 in groups, with or without ``zeros``.
+
+    That is the layers' matrices; the output head gets ``head``.
+    """
 
     bits: int
     group: int = 128
@@ -28,6 +31,11 @@ class Asked:
 
     def __str__(self) -> str:
         return "int8" if self.bits == 8 else f"int4:{self.group}{'+zeros' if self.zeros else ''}"
+
+    @property
+    def head(self) -> Asked:
+        """4 bits would cost a head more quality than its size is worth; 8 are near lossless."""
+        return Asked(8)
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of a matrix of ``shape`` in this format."""

@@ -125,6 +125,18 @@ def test_gate_of_no_rows_and_on_two_threads() -> None:
         assert torch.equal(blocks.gate(wide, "gelu"), one)
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (3, 33), (3, 40_000)])
+def test_widen(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    x = (1e3 * torch.randn(shape)).bfloat16()
+    x.view(-1)[:1] = float("-inf")
+    assert torch.equal(native.widen(x), x.float())
+    assert native.widen(x).dtype == torch.float32
+    with threads(2):
+        assert torch.equal(native.widen(x), x.float())
+    assert torch.equal(native.widen(x.float()), x.float())
+
+
 def views(matrix: Tensor, heads: int, kv_heads: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as they lie in the result of one product, with 8 numbers between tokens."""
     sizes = [heads * dim, kv_heads * dim, kv_heads * dim, 8]

@@ -17,7 +17,9 @@
 #include "kernels.h"
 #include "plan.h"
 #include "pool.h"
+#include "step.h"
 #include "targets.h"  // QUIRE_TARGETS(X): X(isa) for each target, written by CMake
+#include "widen.h"
 
 namespace nb = nanobind;
 
@@ -224,6 +226,51 @@ void grouped(uintptr_t x, int64_t x_stride, uintptr_t out, uintptr_t bias, uintp
     active->grouped(args);
 }
 
+constexpr int64_t LINEAR = 11, LAYER = 6 + 4 * LINEAR;  // numbers in the table of make_model
+
+Linear linear(const int64_t* of) {
+    ProductArgs args{};
+    args.weight = at<void>(of[1]);
+    args.scales = at<float>(of[2]);
+    args.offsets = at<float>(of[3]);
+    args.sums = at<int32_t>(of[4]);
+    args.bias = at<void>(of[5]);
+    args.ins = of[6];
+    args.outs = of[7];
+    args.bits = of[8];
+    args.group = of[9];
+    args.small = of[10];
+    return {of[0], args};
+}
+
+// `table` [layers, LAYER]: the members of a Layer, of each Linear the format and those above.
+Model make_model(Ints table, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t activation,
+                 bool gated, float eps, float add, float scale, float softcap, bool bf16) {
+    Model model{{}, heads, kv_heads, head_dim, activation, gated, bf16, eps, add, scale, softcap};
+    for (size_t i = 0; i < table.shape(0); ++i) {
+        const int64_t* of = table.data() + i * LAYER;
+        const int64_t* linears = of + LAYER - 4 * LINEAR;
+        model.layers.push_back({at<void>(of[0]), at<void>(of[1]), at<void>(of[2]), at<void>(of[3]),
+                                of[4], of[5], linear(linears), linear(linears + LINEAR),
+                                linear(linears + 2 * LINEAR), linear(linears + 3 * LINEAR)});
+    }
+    return model;
+}
+
+// `rotations` [.., 3]: the members of a Rotation.
+void step(const Model& model, uintptr_t x, int64_t rows, Ints rotations,
+          const std::vector<const AttentionPlan*>& plans, uintptr_t slots, uintptr_t keys,
+          uintptr_t values, int64_t layer_bytes) {
+    StepArgs args{at<void>(x), rows, {}, plans, at<int64_t>(slots), at<void>(keys),
+                  at<void>(values), layer_bytes};
+    for (size_t i = 0; i < rotations.shape(0); ++i) {
+        const int64_t* r = rotations.data() + i * 3;
+        args.rotations.push_back({at<float>(r[0]), at<float>(r[1]), r[2]});
+    }
+    nb::gil_scoped_release free;
+    run_layers(*active, model, args);
+}
+
 void argmax(uintptr_t logits, int64_t rows, int64_t vocab, uintptr_t chosen) {
     active->argmax(at<float>(logits), rows, vocab, at<int64_t>(chosen));
 }
@@ -281,6 +328,12 @@ NB_MODULE(_native, m) {
     m.def("dense", dense, free);
     m.def("int8", int8, free);
     m.def("grouped", grouped, free);
+    nb::class_<Model>(m, "Model");
+    m.def("make_model", make_model);
+    m.def("run_layers", step);
+    m.def("widen", [](uintptr_t from, uintptr_t to, int64_t count) {
+        widen(at<uint16_t>(from), at<uint32_t>(to), count);
+    }, free);
     m.def("argmax", argmax, free);
     m.def("sample", sample, free);
     m.def("mask", mask, free);

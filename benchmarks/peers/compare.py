@@ -243,7 +243,8 @@ def limits(options: Options, rows: list[Row]) -> str:
     spec = load_spec(checkpoint)
     kv_token = token_bytes(len(spec.layers), spec.kv_heads, spec.head_dim, torch.bfloat16)
     int8 = options.precision == "int8"
-    size = weight_bytes(checkpoint, torch.bfloat16, parse_weights("int8") if int8 else None)
+    weights = {"int8": "int8", "int4": "int4:32"}.get(options.precision)
+    size = weight_bytes(checkpoint, torch.bfloat16, parse_weights(weights) if weights else None)
     lines = [
         f"This machine: {2 * machine.dense / 1e9:.0f} GFLOP/s bf16, {2 * machine.int8 / 1e9:.0f} "
         f"GOP/s int8, {machine.bandwidth / 1e9:.0f} GB/s.",

@@ -21,9 +21,6 @@ constexpr int64_t MOST_ROWS = 96;     // of a block; a multiple of every MAX_ROW
 constexpr int64_t INNER_BYTES = 2048;  // of a row, multiplied at once, so that a panel stays in L2
 constexpr int64_t EXPANDED_ROWS = 2 * MOST_ROWS;  // that share an expanded slice of SLICE inputs
 constexpr int64_t SLICE = 256;
-// Units of codes that few rows fetch ahead: the work on a unit is long enough to keep the processor
-// from doing so itself. (Denser formats gained nothing.)
-constexpr int64_t AHEAD = 64 * WIDTH;
 
 // out[row, 16 columns] = value + bias + add.
 template <class T>
@@ -251,9 +248,7 @@ QUIRE_INLINE void grouped_rows(const ProductArgs& args, const uint32_t* levels, 
         for (int64_t s = g * steps; s < (g + 1) * steps; ++s) {
 #pragma GCC unroll 4
             for (int c = 0; c < C; ++c) {
-                const uint32_t* from = codes + c * tile_units + s * WIDTH;
-                __builtin_prefetch(from + AHEAD);
-                const U unit = load_units(from);
+                const U unit = load_units(codes + c * tile_units + s * WIDTH);
 #pragma GCC unroll 4
                 for (int j = 0; j < 4; ++j) {
                     if constexpr (BITS == 4) {

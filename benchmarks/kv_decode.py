@@ -235,7 +235,7 @@ def main() -> None:
     slots = args.batch * (args.tokens + 3072 + 12 * PAGE)
     memory = Memory(spec, args.batch, args.tokens, slots)
     model = load_model(checkpoint) if args.whole == "yes" else None
-    alone = AttentionAlone(spec, args.batch)
+    alone = AttentionAlone(replace(spec, placement="post"), args.batch)  # no layers to fuse
     facts = make_facts(model or SimpleNamespace(spec=spec, dtype=torch.bfloat16), None)  # type: ignore[arg-type]
     ways = make_ways(memory, facts)
 

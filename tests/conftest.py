@@ -21,6 +21,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         given = getattr(item, "callspec", None)
         if given is not None and not others.isdisjoint(map(str, given.params.values())):
             item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.other_isa)
 
 
 @pytest.fixture(scope="session")

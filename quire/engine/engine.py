@@ -121,7 +121,6 @@ class Engine:
                 self.world.state.stride = recipe.select.every
         self.prefixes: Prefixes | None = None
         if files is not None:
-            select = recipe.select if recipe is not None else None
             if self.keeper is not None and self.keeper.mass:
                 raise InvalidRequestError(
                     "A KV method that looks at the attention of the whole prompt cannot go without "
@@ -129,7 +128,7 @@ class Engine:
                     field="kv_dir",
                     action="Leave --kv-dir away, or take a method that looks at the last queries.",
                 )
-            tail = select.window if select is not None else 0
+            tail = self.keeper.window if self.keeper is not None else 0
             self.prefixes = Prefixes(files, arena, self.world, tail)
         self.runner = Runner(model, arena, plain, deterministic, self.keeper)
         self.tokenizer = tokenizer

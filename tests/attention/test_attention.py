@@ -94,6 +94,7 @@ def test_lengths_of_each_layer_and_head(seed: int) -> None:
 def test_single_row_and_empty_step() -> None:
     pool = PagePool(4, 4)
     arena = Arena.make(1, 1, 8, 16, torch.float32)
+    arena.keys.normal_()
     arena.values.normal_()
     segment = Segment()
     slot = int(pool.append(segment, 1)[0])

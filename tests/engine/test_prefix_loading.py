@@ -34,7 +34,12 @@ def files(folder: Path, key: str = "k") -> PrefixFiles:
     return PrefixFiles(folder, key, layout, 1 << 30)
 
 
-RECIPES = ["none", "kivi(bits=4,residual=16,group=16)", "snapkv(budget=40,window=8)"]
+RECIPES = [
+    "none",
+    "kivi(bits=4,residual=16,group=16)",
+    "snapkv(budget=40,window=8)",
+    "squeezed(window=8,keep=0.5,centroids=0.2)",
+]
 
 
 @pytest.mark.slow

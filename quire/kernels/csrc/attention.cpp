@@ -28,6 +28,15 @@ void save_lse(const AttentionArgs& args, int64_t at, float top, float mass) {
     if (args.lse != nullptr) args.lse[at] = log_of(top, mass);
 }
 
+// Pages of keys or values that are asked for while others are multiplied: neighbours in a segment lie
+// apart in memory, where the processor does not foresee them. Asked for all at once they would stall
+// it as long as they take.
+constexpr int64_t AHEAD = BLOCK / PAGE;
+
+QUIRE_INLINE void ask(const uint32_t* from, int64_t lines, int64_t apart) {
+    for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(from + i * apart, 0, 2);
+}
+
 // Query rows of one KV head, and what they have read so far.
 template <class E> struct Rows {
     using T = typename E::Element;
@@ -142,16 +151,22 @@ template <class E> struct Task : Rows<E> {
         return std::min<int64_t>(task.last_key, plan.kept[at]);
     }
 
+    int64_t last_page(int64_t last_key) const { return (read.offset + last_key + PAGE - 1) / PAGE; }
+
     // Products of q and k over pages [first, last) of the read, and for each row the largest score
     // (in units of log2) among the keys that it may see; the others become -inf.
     void score(int64_t first, int64_t last, int64_t last_key, float* best) {
         const int32_t* pages = plan.pages.data() + read.page + first;
         const auto* keys = static_cast<const uint32_t*>(args.keys) + head * PAGE * dim_units;
         const int64_t page_units = plan.kv_heads * PAGE * dim_units, count = (last - first) * PAGE;
+        const int64_t lines = dim_units, left = last_page(last_key) - 1 - first;
         product<E>(
             work.scores.data(), BLOCK, work.q.data(), dim_units,
-            [=](int64_t tile, int64_t) { return keys + pages[tile] * page_units; }, rows,
-            last - first, 1, dim_units, PAGE, false);
+            [=](int64_t tile, int64_t) {
+                ask(keys + pages[std::min(tile + AHEAD, left)] * page_units, lines, PAGE);
+                return keys + pages[tile] * page_units;
+            },
+            rows, last - first, 1, dim_units, PAGE, false);
         const int64_t shift = first * PAGE - read.offset;  // key of the block's first lane
         for (int64_t r = 0; r < rows; ++r) {
             const int64_t place = plan.positions[task.row + r / plan.group] - read.position;
@@ -167,19 +182,21 @@ template <class E> struct Task : Rows<E> {
         constexpr int64_t steps = PAGE / E::PACK;
         const int32_t* pages = plan.pages.data() + read.page + first;
         const auto* values = static_cast<const uint32_t*>(args.values) + head * steps * dim;
-        const int64_t page_units = plan.kv_heads * steps * dim;
+        const int64_t page_units = plan.kv_heads * steps * dim, wide = dim;
+        const int64_t left = last_page(last_key()) - 1 - first;
         product<Product>(
             work.out.data(), dim, work.weights.data(), UNITS,
             [=](int64_t tile, int64_t run) {
-                return values + pages[run] * page_units + tile * WIDTH;
+                const uint32_t* column = values + tile * WIDTH;
+                ask(column + pages[std::min(run + AHEAD, left)] * page_units, steps, wide);
+                return column + pages[run] * page_units;
             },
             rows, dim / WIDTH, last - first, steps, dim, true);
     }
 
     // Calls use(first page, last page, maxima of the rows) for each block of scored keys.
     template <class Use> void each_block(const Use& use) {
-        const int64_t last_key = this->last_key();
-        const int64_t end = (read.offset + last_key + PAGE - 1) / PAGE;
+        const int64_t last_key = this->last_key(), end = last_page(last_key);
         for (int64_t first = (read.offset + task.first_key) / PAGE; first < end;) {
             const int64_t last = std::min(end, first + BLOCK / PAGE);
             score(first, last, last_key, work.best.data());
@@ -400,10 +417,15 @@ template <class E> struct ChosenTask : Rows<E> {
         const auto key = [=](int64_t i) {
             return keys + halves[i] / 2 * page_units + halves[i] % 2 * HALF;
         };
+        const int64_t lines = dim_units, left = int64_t(chosen.halves.size()) - 1 - first;
         product<E>(
             work.scores.data(), BLOCK, work.q.data(), dim_units,
-            [=](int64_t tile, int64_t) { return HalfRows{key(2 * tile), key(2 * tile + 1)}; }, rows,
-            count / 2, 1, dim_units, PAGE, false);
+            [=](int64_t tile, int64_t) {
+                for (int64_t i : {2 * tile, 2 * tile + 1})
+                    ask(key(std::min(i + 2 * AHEAD, left)), lines, PAGE);
+                return HalfRows{key(2 * tile), key(2 * tile + 1)};
+            },
+            rows, count / 2, 1, dim_units, PAGE, false);
         for (int64_t r = 0; r < rows; ++r) {
             float* s = work.scores.data() + r * BLOCK;
             F most = splat(-INFINITY);
@@ -417,14 +439,18 @@ template <class E> struct ChosenTask : Rows<E> {
         }
         this->weigh_all(count * HALF);
         const auto* values = static_cast<const uint32_t*>(args.values) + head * PAGE * dim_units;
-        const int64_t half_units = HALF / E::PACK * dim;
+        constexpr int64_t steps = HALF / E::PACK;
+        const int64_t wide = dim;
+        const auto value = [=](int64_t tile, int64_t i) {
+            return values + halves[i] / 2 * page_units + halves[i] % 2 * steps * wide + tile * WIDTH;
+        };
         product<E>(
             work.out.data(), dim, work.weights.data(), UNITS,
             [=](int64_t tile, int64_t i) {
-                return values + halves[i] / 2 * page_units + halves[i] % 2 * half_units +
-                       tile * WIDTH;
+                ask(value(tile, std::min(i + 2 * AHEAD, left)), steps, wide);
+                return value(tile, i);
             },
-            rows, dim / WIDTH, count, HALF / E::PACK, dim, true);
+            rows, dim / WIDTH, count, steps, dim, true);
     }
 
     static void hide_unseen(float* s, uint32_t seen) {

@@ -90,10 +90,11 @@ class Prefixes:
             if numbers is None:
                 break
             upto = min(end, stop)
-            slots = torch.from_numpy(work.slots[at - first : upto - first])
-            part = numbers[:, :, at - start : upto - start].to(self.arena.keys.device)
+            device = self.arena.keys.device
+            slots = torch.from_numpy(work.slots[at - first : upto - first]).to(device)
+            part = numbers[:, :, at - start : upto - start].to(device)
             for layer in range(part.shape[1]):
-                self.arena.write(layer, slots.to(part.device), part[0, layer], part[1, layer])
+                self.arena.write(layer, slots, part[0, layer], part[1, layer])
             at = upto
         return at - first
 

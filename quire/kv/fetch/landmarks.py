@@ -12,7 +12,7 @@ from torch import Tensor
 from quire.kernels import native
 from quire.kernels.native import PAGE
 from quire.kv.method import Entries, Facts, Index, Reader
-from quire.kv.select.budget import require
+from quire.kv.options import check_sizes
 from quire.kv.tree import Tokens
 
 
@@ -32,10 +32,9 @@ class Landmarks:
     window: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("chunk", 1), ("budget", self.chunk), ("outliers", 0), ("local", 0)):
-            require(
-                getattr(self, name) >= least, f"{name}={getattr(self, name)}: at least {least}."
-            )
+        check_sizes(chunk=self.chunk)
+        check_sizes(self.chunk, budget=self.budget)
+        check_sizes(0, outliers=self.outliers, local=self.local)
 
     def index(
         self,

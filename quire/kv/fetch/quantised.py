@@ -13,7 +13,7 @@ from torch import Tensor
 from quire.kv.fetch.choosing import before, held, listed, places_within
 from quire.kv.fetch.clusters import cluster, nearest
 from quire.kv.method import Entries, Facts, Index, Reader
-from quire.kv.select.budget import require
+from quire.kv.options import require
 from quire.kv.tree import Tokens
 
 KEYS_A_CODE = 4  # at least so many tokens of the calibration for each code

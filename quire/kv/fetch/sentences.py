@@ -15,7 +15,7 @@ from torch import Tensor
 from quire.kv.fetch.choosing import before, held, listed, places_within
 from quire.kv.fetch.clusters import means_of
 from quire.kv.method import Entries, Facts, Index, Reader
-from quire.kv.select.budget import require
+from quire.kv.options import require
 from quire.kv.tree import Tokens
 
 

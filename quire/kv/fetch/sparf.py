@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from quire.kv.fetch.choosing import held, largest, listed
 from quire.kv.method import Entries, Facts, Index, Reader
-from quire.kv.select.budget import check, entries_of, require
+from quire.kv.options import check, entries_of, require
 from quire.kv.tiers.mapped import check_folder, is_on_disk, on_disk
 from quire.kv.tree import Tokens
 

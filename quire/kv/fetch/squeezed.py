@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from quire.kv.fetch.choosing import held, listed
 from quire.kv.fetch.clusters import cluster, means_of
 from quire.kv.method import Entries, Facts, Index, Reader
-from quire.kv.select.budget import require
+from quire.kv.options import require
 from quire.kv.tree import Tokens
 
 

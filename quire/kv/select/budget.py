@@ -1,8 +1,7 @@
 """How much a selection holds, and which entries it keeps: what all methods have in common.
 
 A **budget** is how many entries a KV head holds after a selection: an int is that number, a float
-in (0, 1] a share of the prompt's tokens. Other options that count entries work the same way; what
-their float is a share of is said there.
+in (0, 1] a share of the prompt's tokens (`quire.kv.options`).
 """
 
 from __future__ import annotations
@@ -10,38 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quire.errors import InvalidRequestError
 from quire.kv.method import Entries
-
-
-def entries_of(budget: int | float, whole: int) -> int:
-    """The number of entries that ``budget`` stands for: itself, or a share of ``whole``."""
-    if isinstance(budget, int):
-        return budget
-    return max(1, round(budget * whole))
-
-
-def check(name: str, value: int | float, least: int = 1) -> None:
-    """Raise InvalidRequestError unless ``value`` is an int from ``least`` on or a share."""
-    share = isinstance(value, float) and (0 < value <= 1 or value == least == 0)
-    if not share and not (isinstance(value, int) and value >= least):
-        raise InvalidRequestError(
-            f"{name}={value} is neither a number of entries nor a share.",
-            field="kv",
-            value=value,
-            action=f"Give an integer from {least} on, or a fraction up to 1.0.",
-        )
-
-
-def require(right: bool, what: str, action: str = "") -> None:
-    """Raise InvalidRequestError, saying ``what`` is wrong, unless ``right``."""
-    if not right:
-        raise InvalidRequestError(what, field="kv", action=action)
-
-
-def check_every(every: int | None) -> None:
-    """Raise InvalidRequestError unless ``every`` is a number of tokens or None."""
-    require(every is None or every >= 1, f"every={every}: at least 1 new token, or None for never.")
 
 
 def best(scores: Tensor, budget: int, first: int = 0, last: int = 0) -> Tensor:

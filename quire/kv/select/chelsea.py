@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from quire.kv.method import Entries, Seen, join
-from quire.kv.select.budget import check, entries_of, require
+from quire.kv.options import check, entries_of, require
 from quire.kv.select.merging import merged
 
 

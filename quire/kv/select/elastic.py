@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from quire.kv.method import Entries, Seen
-from quire.kv.select.budget import best, check, check_every, entries_of
+from quire.kv.options import check, check_every, entries_of
+from quire.kv.select.budget import best
 from quire.kv.select.fixed_point import FixedPoint
 from quire.kv.select.merging import merged
 

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
-from quire.kv.select.budget import best, check, entries_of, require
+from quire.kv.options import check, entries_of, require
+from quire.kv.select.budget import best
 
 
 @dataclass(frozen=True)

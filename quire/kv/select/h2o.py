@@ -8,7 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from quire.kv.method import Seen
-from quire.kv.select.budget import best_of_heads, check, check_every, entries_of, longest
+from quire.kv.options import check, check_every, entries_of
+from quire.kv.select.budget import best_of_heads, longest
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from quire.kv.method import Entries, Seen
-from quire.kv.select.budget import best, check, entries_of, require
+from quire.kv.options import check, entries_of, require
+from quire.kv.select.budget import best
 from quire.kv.select.merging import merged
 
 

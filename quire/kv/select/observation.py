@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
 from quire.kv.method import Entries, Facts, Seen
-from quire.kv.select.budget import best, check, entries_of, require, tilted
+from quire.kv.options import check, entries_of, require
+from quire.kv.select.budget import best, tilted
 
 ROWS = 64  # queries whose attention weights exist at once
 
@@ -60,17 +61,12 @@ class ObservationWindow:
         return chosen
 
 
-def observe(facts: Facts, queries: Tensor, entries: Entries) -> Tensor:
+def received(facts: Facts, queries: Tensor, entries: Entries) -> Tensor:
     """Attention that the last ``queries`` ``[w, heads, head_dim]`` give to each entry.
 
-    The entries' last w are those of the queries' own tokens. Summed over queries, averaged over
-    the heads of a group: float32 ``[kv_heads, n]``.
+    The entries' last w are those of the queries' own tokens. Summed over queries, for each query
+    head: float32 ``[kv_heads, group, n]``.
     """
-    return received(facts, queries, entries).mean(1)
-
-
-def received(facts: Facts, queries: Tensor, entries: Entries) -> Tensor:
-    """`observe` for each query head: float32 ``[kv_heads, group, n]``."""
     last = int(entries.positions.max()) + 1
     total = queries.new_zeros(facts.kv_heads, facts.group, len(entries), dtype=torch.float32)
     for weights, _ in attention(facts, queries, entries, last):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from quire.kv.method import Seen
-from quire.kv.select.budget import best, check, check_every, entries_of, same_level
+from quire.kv.options import check, check_every, entries_of
+from quire.kv.select.budget import best, same_level
 from quire.kv.select.fixed_point import FixedPoint
 
 

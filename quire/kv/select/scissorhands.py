@@ -9,15 +9,8 @@ import torch
 from torch import Tensor
 
 from quire.kv.method import Entries, Facts, Seen
-from quire.kv.select.budget import (
-    best_of_heads,
-    check,
-    check_every,
-    entries_of,
-    longest,
-    require,
-    tilted,
-)
+from quire.kv.options import check, check_every, entries_of, require
+from quire.kv.select.budget import best_of_heads, longest, tilted
 from quire.kv.select.observation import attention
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quire.kv.method import Seen
-from quire.kv.select.budget import check, check_every, entries_of
+from quire.kv.options import check, check_every, entries_of
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool1d, pad
 
-from quire.errors import InvalidRequestError
 from quire.kv.method import Entries, Facts
+from quire.kv.options import check_sizes, require
 
 WINDOW = 4  # keys on each side of a place that are compared to find a boundary
 APART = 8  # tokens within which at most one boundary is set
@@ -43,14 +43,12 @@ class Hierarchical:
     axis: ClassVar[str] = "sparse"
 
     def __post_init__(self) -> None:
-        for name in ("budget", "chunk", "block"):
-            if getattr(self, name) < 1:
-                raise _invalid(f"{name}={getattr(self, name)}: there must be one at least.")
-        for name in ("first", "newest", "tail"):
-            if getattr(self, name) < 0:
-                raise _invalid(f"{name}={getattr(self, name)} is negative.")
-        if self.boundaries not in ("fixed", "similar"):
-            raise _invalid(f"boundaries={self.boundaries} is neither fixed nor similar.")
+        check_sizes(budget=self.budget, chunk=self.chunk, block=self.block)
+        check_sizes(0, first=self.first, newest=self.newest, tail=self.tail)
+        require(
+            self.boundaries in ("fixed", "similar"),
+            f"boundaries={self.boundaries} is neither fixed nor similar.",
+        )
 
     @property
     def least(self) -> int:
@@ -123,7 +121,3 @@ class Hierarchical:
             )
             for each in taken
         ]
-
-
-def _invalid(what: str) -> InvalidRequestError:
-    return InvalidRequestError(what, field="kv", action="See the method's options in docs/kv.md.")

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quire.errors import InvalidRequestError
 from quire.kv.method import Entries, Facts
+from quire.kv.options import check_sizes, require
 
 
 @dataclass(frozen=True)
@@ -40,20 +40,18 @@ class PermutedBlocks:
     tail: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold <= 1:
-            raise _invalid(
-                f"threshold={self.threshold} is not a share of the attention.",
-                "Give a number above 0 and up to 1.",
-            )
-        if self.block < 1 or self.segment < 1 or self.segment % self.block:
-            raise _invalid(
-                f"segment={self.segment} is not a multiple of block={self.block}.",
-                "Give for example block=128 and segment=256.",
-            )
-        if self.rank < 1:
-            raise _invalid(f"rank={self.rank}: no query ranks the keys.", "Give at least 1.")
-        if self.dense < 0:
-            raise _invalid(f"dense={self.dense} is negative.", "Give a number of tokens.")
+        require(
+            0 < self.threshold <= 1,
+            f"threshold={self.threshold} is not a share of the attention.",
+            "Give a number above 0 and up to 1.",
+        )
+        check_sizes(block=self.block, segment=self.segment, rank=self.rank)
+        check_sizes(0, dense=self.dense)
+        require(
+            self.segment % self.block == 0,
+            f"segment={self.segment} is not a multiple of block={self.block}.",
+            "Give for example block=128 and segment=256.",
+        )
 
     @property
     def least(self) -> int:
@@ -122,7 +120,3 @@ class PermutedBlocks:
 def _capped(facts: Facts, scores: Tensor) -> Tensor:
     """Scaled products of queries with keys, under the model's soft cap."""
     return scores if facts.softcap is None else facts.softcap * torch.tanh(scores / facts.softcap)
-
-
-def _invalid(what: str, action: str) -> InvalidRequestError:
-    return InvalidRequestError(what, field="kv", action=action)

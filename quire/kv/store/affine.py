@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from quire.kv.method import Entries, Facts
-from quire.kv.store.options import check_bits, check_sizes
+from quire.kv.options import check_bits, check_sizes
 from quire.kv.store.packed import Format, Packed
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quire.kv.method import Entries, Facts
-from quire.kv.store.options import check_bits, check_sizes
+from quire.kv.options import check_bits, check_sizes
 from quire.kv.store.packed import Format, Packed
 
 

@@ -9,8 +9,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from quire.kv.method import Entries, Facts, Plain, Stored
+from quire.kv.options import check_sizes
 from quire.kv.store.lowrank import Factors, check_rank, rank_of, worth
-from quire.kv.store.options import check_sizes
 from quire.kv.store.packed import pack_positions, position_bytes, read_positions
 
 

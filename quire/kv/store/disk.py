@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quire.kv.fetch.sparf import LoudChannels
 from quire.kv.method import Entries, Facts, Recipe
-from quire.kv.store.options import check_sizes
+from quire.kv.options import check_sizes
 from quire.kv.store.packed import pack_positions, position_bytes, read_positions
 from quire.kv.tiers.mapped import check_folder, on_disk, read_ahead
 

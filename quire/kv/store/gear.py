@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quire.kv.method import Entries, Facts
-from quire.kv.select.budget import require
+from quire.kv.options import check_bits, check_shares, check_sizes
 from quire.kv.store.packed import Codes, Format, pack_positions
 from quire.kv.store.parts import Composite, heads_of
 
@@ -41,12 +41,10 @@ class Gear:
     recent: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
-        require(self.bits in (2, 4, 8), f"bits={self.bits}: 2, 4 or 8.")
-        require(self.rank >= 0, f"rank={self.rank}: 0 or more.")
-        require(0 <= self.outliers <= 1, f"outliers={self.outliers}: a share from 0 to 1.")
-        require(self.group >= 1, f"group={self.group}: 1 or more.")
-        require(self.block >= 1, f"block={self.block}: 1 or more.")
-        require(self.rounds >= 1, f"rounds={self.rounds}: 1 or more.")
+        check_bits(self.bits)
+        check_sizes(0, rank=self.rank)
+        check_shares(outliers=self.outliers)
+        check_sizes(group=self.group, block=self.block, rounds=self.rounds)
 
     def pack(self, facts: Facts, layers: Sequence[Entries]) -> Composite:
         """See `Store.pack`."""

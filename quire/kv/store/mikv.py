@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from quire.kv.method import Entries, Facts
-from quire.kv.select.budget import best, require
+from quire.kv.options import check_bits, check_shares, check_sizes, require
+from quire.kv.select.budget import best
 from quire.kv.store.packed import Codes, Format, pack_positions
 from quire.kv.store.parts import Composite, Exact, Numbers, heads_of
 
@@ -44,12 +45,12 @@ class MixedPrecision:
     axis: ClassVar[str] = "store"
 
     def __post_init__(self) -> None:
-        require(self.bits in (2, 4, 8), f"bits={self.bits}: 2, 4 or 8.")
+        check_bits(self.bits)
         require(0 <= self.high < 1, f"high={self.high}: a share from 0 on, below 1.")
-        require(0 <= self.newest <= 1, f"newest={self.newest}: a share from 0 to 1.")
+        check_shares(newest=self.newest)
         require(self.high_bits in (None, 8, 4), f"high_bits={self.high_bits}: none, 8 or 4.")
-        require(self.block >= 1, f"block={self.block}: 1 or more.")
-        require(self.recent >= 0, f"recent={self.recent}: 0 or more.")
+        check_sizes(block=self.block)
+        check_sizes(0, recent=self.recent)
 
     def pack(self, facts: Facts, layers: Sequence[Entries]) -> Composite:
         """All in the low tier; see `Store.pack`."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from quire.kv.method import Entries, Facts
-from quire.kv.select.budget import require
+from quire.kv.options import check_bits, check_shares, check_sizes
 from quire.kv.store.packed import Codes, Format, pack_positions
 from quire.kv.store.parts import Composite, Exact, Numbers
 
@@ -44,12 +44,10 @@ class SharedDirections:
     recent: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
-        require(0 <= self.t <= 1, f"t={self.t}: from 0 to 1.")
-        require(0 <= self.gamma <= 1, f"gamma={self.gamma}: a share from 0 to 1.")
-        require(0 <= self.start <= 1, f"start={self.start}: a share from 0 to 1.")
-        require(self.bits in (None, 2, 4, 8), f"bits={self.bits}: none, 2, 4 or 8.")
-        require(self.group >= 1, f"group={self.group}: 1 or more.")
-        require(self.block >= 1, f"block={self.block}: 1 or more.")
+        check_shares(t=self.t, gamma=self.gamma, start=self.start)
+        if self.bits is not None:
+            check_bits(self.bits)
+        check_sizes(group=self.group, block=self.block)
 
     def pack(self, facts: Facts, layers: Sequence[Entries]) -> Composite:
         """See `Store.pack`."""

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from quire.errors import InvalidRequestError
 from quire.kv.method import Entries, Facts, Joined, Plain, Stored
+from quire.kv.options import check_bits, check_sizes
 from quire.kv.store.hadamard import hadamard
-from quire.kv.store.options import check_bits, check_sizes
 from quire.kv.store.packed import Format, Packed
 
 HEADS = 4  # KV heads whose keys are rotated together

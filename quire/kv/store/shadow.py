@@ -13,9 +13,8 @@ from torch import Tensor
 from quire.kernels.native import PAGE
 from quire.kv.fetch.landmarks import Landmarks, summary
 from quire.kv.method import Entries, Facts, Plain, Recipe, Stored, gather
-from quire.kv.select.budget import require
+from quire.kv.options import check_sizes, require
 from quire.kv.store.lowrank import Factors, check_rank, rank_of, worth
-from quire.kv.store.options import check_sizes
 from quire.kv.store.packed import pack_positions, position_bytes, read_positions
 from quire.kv.tiers.mapped import check_folder, is_on_disk, on_disk, read_ahead
 

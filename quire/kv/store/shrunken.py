@@ -11,9 +11,8 @@ from torch import Tensor
 
 from quire.kernels.native import PAGE
 from quire.kv.method import Entries, Facts
-from quire.kv.select.budget import require
+from quire.kv.options import check_bits, check_sizes, require
 from quire.kv.store.lowrank import directions, expand, flat, rows_of
-from quire.kv.store.options import check_bits, check_sizes
 from quire.kv.store.packed import (
     Codes,
     Format,

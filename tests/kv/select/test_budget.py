@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire.errors import InvalidRequestError
-from quire.kv.select.budget import best, check, entries_of, same_level, tilted
+from quire.kv.options import check, entries_of
+from quire.kv.select.budget import best, same_level, tilted
 
 
 def test_a_budget_is_entries_or_a_share() -> None:

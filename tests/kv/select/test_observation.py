@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from sequences import SHAPES, Sequence, every_head, make_facts, top
 
 from quire.errors import InvalidRequestError
-from quire.kv.select.observation import ObservationWindow, observe
+from quire.kv.select.observation import ObservationWindow, received
 
 
 def scores_of(
@@ -85,11 +85,11 @@ def test_what_always_holds(
             assert sequence.held[layer][head][-len(newest) :] == newest
 
 
-def test_observe_sums_over_queries_and_averages_over_the_group() -> None:
+def test_attention_received_is_summed_over_queries() -> None:
     facts = make_facts(8, 2)
     sequence = Sequence.make(facts, 100)
     seen = sequence.seen(70)  # more than are weighed at once
-    found = observe(facts, seen.queries(1), seen.entries(1))
+    found = received(facts, seen.queries(1), seen.entries(1)).mean(1)
     for head in range(2):
         wanted = torch.zeros(100, dtype=torch.float64)
         for query in range(head * 4, head * 4 + 4):

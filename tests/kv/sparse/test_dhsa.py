@@ -166,7 +166,7 @@ def test_boundaries_are_found_and_help() -> None:
     ("text", "word"),
     [
         ("dhsa(budget=0)", "budget"),
-        ("dhsa(tail=-1)", "negative"),
+        ("dhsa(tail=-1)", "tail=-1: at least 0"),
         ("dhsa(boundaries=learned)", "similar"),
         ("dhsa+pbs", "sparse"),
     ],

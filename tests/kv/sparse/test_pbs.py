@@ -176,8 +176,8 @@ def test_how_many_tokens_are_read_without_a_choice() -> None:
         ("pbs(threshold=0)", "share"),
         ("pbs(threshold=1.5)", "share"),
         ("pbs(block=100)", "multiple"),
-        ("pbs(rank=0)", "no query"),
-        ("pbs(dense=-1)", "negative"),
+        ("pbs(rank=0)", "rank=0: at least 1"),
+        ("pbs(dense=-1)", "dense=-1: at least 0"),
         ("pbs+pbs", "sparse"),
     ],
 )

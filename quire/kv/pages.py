@@ -199,21 +199,6 @@ class PagePool:
             self._drop(page)
         return set(loose)
 
-    def keep(self, segment: Segment, kept: NDArray[np.int64]) -> None:
-        """Let only ``kept`` leading entries of the arena count for each [layer, KV head].
-
-        Pages beyond the longest head are freed. Nothing may be stored.
-        """
-        assert not segment.stored
-        longest = int(kept.max())
-        before = self.pages_of(segment)
-        segment.extents = segment.runs(0, longest)
-        segment.slots = segment.slots[:longest]
-        segment.entries = longest
-        segment.kept = kept
-        for page in before - self.pages_of(segment):
-            self._drop(page)
-
     def check(self, segments: list[Segment]) -> None:
         """Assert the invariant, given every live segment."""
         counts = [0] * self.pages

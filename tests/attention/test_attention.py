@@ -56,7 +56,7 @@ class Case:
                         for _ in range(2)
                     ]
                     kept[0][0] = length
-                    self.pool.keep(segment, np.array(kept))
+                    segment.kept = np.array(kept)
                 self.grow(depth + 1, at + length, (*above, (segment, at)), mine)
             else:
                 count = self.rng.choice([1, 1, 2, 7, 30])

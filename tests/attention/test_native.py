@@ -105,7 +105,7 @@ class Case:
                         ]
                     )
                     kept[0][0] = part.length
-                    self.pool.keep(part, kept)
+                    part.kept = kept
         return above
 
     def grow(self, depth: int, at: int, above: Above, key: tuple[int, ...]) -> None:

@@ -22,6 +22,7 @@ from quire.engine.engine import Engine
 from quire.engine.request import EngineRequest
 from quire.engine.world import Work
 from quire.kernels import native
+from quire.kernels.sampling import argmax
 from quire.models.decoder import Decoder
 from quire.models.loader import load_model
 from quire.schedule.policies import POLICIES
@@ -100,7 +101,7 @@ def report(args: argparse.Namespace, model: Decoder) -> None:
         hidden = runner.forward(works)  # [rows, hidden]
 
         def head() -> None:
-            native.argmax(model.logits(hidden))  # noqa: B023
+            argmax(model.logits(hidden))  # noqa: B023
 
         old, new, last = medians((one_by_one, at_once, head), args.seconds)
         print(f"| {rows} | {old:.2f} | {new:.2f} | {old / new:.2f} | {last:.2f} |", flush=True)

@@ -30,6 +30,7 @@ from quire.engine.keeper import Chunk
 from quire.engine.runner import Runner
 from quire.engine.world import Work
 from quire.kernels import native
+from quire.kernels.kv import PAGE
 from quire.kv.arena import TiledArena
 from quire.kv.fetch.landmarks import Landmarks
 from quire.kv.method import Entries, Facts, Index, Reader
@@ -38,8 +39,6 @@ from quire.kv.store.packed import Codes, Format, Packed
 from quire.models.decoder import Attend
 from quire.models.loader import load_model, load_spec
 from quire.models.spec import ModelSpec
-
-PAGE = native.PAGE
 
 
 @dataclass

@@ -28,6 +28,7 @@ from quire.attention import chosen
 from quire.attention import native as dense
 from quire.attention.segments import Item
 from quire.kernels import native
+from quire.kernels.kv import PAGE
 from quire.kv.arena import TiledArena
 from quire.kv.method import Calibration, Entries, Facts, Sparse
 from quire.kv.pages import PagePool, Segment
@@ -74,8 +75,8 @@ class Prompt:
 
     def __post_init__(self) -> None:
         tokens = len(self.q)
-        pool = PagePool(-(-tokens // native.PAGE), native.PAGE)
-        size = pool.pages * native.PAGE
+        pool = PagePool(-(-tokens // PAGE), PAGE)
+        size = pool.pages * PAGE
         self.arena = TiledArena.make(1, KV_HEADS, DIM, size, torch.bfloat16)
         self.segment = Segment()
         self.slots = torch.from_numpy(pool.append(self.segment, tokens))

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from quire.attention.native import fits
-from quire.kernels import native
+from quire.kernels import attention as kernels
+from quire.kernels.kv import PAGE, rotate_append
 from quire.kv.method import Entries
 
 GATHERED = 1 << 15  # keys that exist as copies at once, but for those of a single block
@@ -115,14 +116,14 @@ def _tiles(
             count = min(block, rows - low)
             own = torch.arange(start + low, start + low + count)
             length = len(chosen) + count
-            filling = own.new_zeros(-length % native.PAGE)  # never read
+            filling = own.new_zeros(-length % PAGE)  # never read
             places.append(torch.cat([chosen, own, filling]) + head * size)
             position = start + low - len(chosen)  # the own rows' keys stand where they do
             reads.append([head * rows + low, count, first, 0, length, position])
-            first += -(-length // native.PAGE)
+            first += -(-length // PAGE)
     index = torch.cat(places)
     positions = np.arange(start, start + rows)
-    plan = native.make_plan(
+    plan = kernels.make_plan(
         np.array(reads, dtype=np.int64),
         np.arange(first, dtype=np.int32),
         np.tile(positions, kv_heads),
@@ -136,14 +137,14 @@ def _tiles(
     )
     tiles = _tiled(*(x.flatten(0, 1).index_select(0, index)[:, None] for x in (keys, values)))
     mine = q.reshape(rows, kv_heads, group, dim).transpose(0, 1).reshape(-1, group, dim)
-    out = native.attend(plan, 0, mine, *tiles, scale, softcap)
+    out = kernels.attend(plan, 0, mine, *tiles, scale, softcap)
     return out.view(kv_heads, rows, group, dim).transpose(0, 1).flatten(1, 2)
 
 
 def _tiled(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values ``[n, 1, head_dim]``, n a multiple of a page, as a `TiledArena` has them."""
-    pages, dim, pack = len(k) // native.PAGE, k.shape[2], 4 // k.itemsize
-    keys = k.new_empty(pages, 1, dim // pack, native.PAGE, pack)
-    values = v.new_empty(pages, 1, native.PAGE // pack, dim, pack)
-    native.rotate_append(k[:, :0], k, v, None, torch.arange(len(k)), keys, values)
+    pages, dim, pack = len(k) // PAGE, k.shape[2], 4 // k.itemsize
+    keys = k.new_empty(pages, 1, dim // pack, PAGE, pack)
+    values = v.new_empty(pages, 1, PAGE // pack, dim, pack)
+    rotate_append(k[:, :0], k, v, None, torch.arange(len(k)), keys, values)
     return keys, values

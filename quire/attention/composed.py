@@ -21,7 +21,8 @@ from quire.attention import packed
 from quire.attention.native import Shape
 from quire.attention.packed import SpanRead
 from quire.attention.segments import Item
-from quire.kernels import native
+from quire.kernels.attention import attend_chosen
+from quire.kernels.kv import PAGE
 from quire.kv.arena import Arena, TiledArena
 from quire.kv.method import Entries, Index, Joined, Reader, join
 from quire.kv.pages import Segment, Span
@@ -43,7 +44,7 @@ class Choice:
     @functools.cached_property
     def tiles(self) -> tuple[int, NDArray[np.int32]]:
         """Where the segment lies in the arena, the same for all layers; see `Segment.tiles`."""
-        return self.segment.tiles(native.PAGE)
+        return self.segment.tiles(PAGE)
 
 
 @dataclass(frozen=True)
@@ -367,7 +368,7 @@ def _add_chosen(
                 offset,
             ]
         )
-    native.attend_chosen(
+    attend_chosen(
         np.array(reads, dtype=np.int64),
         q,
         arena.keys[layer],

@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.attention.segments import Item
+from quire.kernels import attention as kernels
 from quire.kernels import native
+from quire.kernels.kv import PAGE
 from quire.kv.arena import TiledArena
 from quire.kv.pages import Segment
 
@@ -55,7 +57,7 @@ class Plan:
 
         def read(segment: Segment, end: int) -> list[int]:
             nonlocal listed
-            offset, its_pages = segment.tiles(native.PAGE)
+            offset, its_pages = segment.tiles(PAGE)
             pages.append(its_pages)
             listed += len(its_pages)
             first = end - segment.entries  # position of the first entry in the arena
@@ -75,7 +77,7 @@ class Plan:
         segments.extend(segment for segment, _ in own)
         positions = [np.arange(item.start, item.start + item.count) for item in items]
         return cls(
-            native.make_plan(
+            kernels.make_plan(
                 np.array([*reads.values(), *(entry for _, entry in own)], dtype=np.int64),
                 np.concatenate(pages),
                 np.concatenate(positions),
@@ -120,7 +122,7 @@ def attend(
     ``q`` ``[tokens, heads, head_dim]``, tokens any distance apart -> the same shape, contiguous.
     ``lse`` float32 ``[tokens, heads]`` receives the log of each sum of exp(scores).
     """
-    return native.attend(
+    return kernels.attend(
         plan.tasks, layer, q, arena.keys[layer], arena.values[layer], scale, softcap, lse
     )
 

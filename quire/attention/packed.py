@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.attention.native import Shape
-from quire.kernels import native
+from quire.kernels.attention import attend_packed, make_packed_plan
 from quire.kv.pages import Span
 from quire.kv.store.packed import Packed
 
@@ -86,7 +86,7 @@ class Plan:
             entries = span.stop - span.start
             numbers.append([read.row, read.rows, source, span.start, entries, start + span.start])
         return cls(
-            native.make_packed_plan(
+            make_packed_plan(
                 np.array(numbers, dtype=np.int64),
                 np.stack([read.span.data.addresses for read in reads]),
                 positions,
@@ -111,10 +111,10 @@ class Plan:
         scale: float,
         softcap: float | None,
     ) -> None:
-        """Merge what the reads give into ``out`` and ``lse``; see `native.attend_packed`."""
+        """Merge what the reads give into ``out`` and ``lse``; see `attend_packed`."""
         if self.key_back is not None:
             q = turned(q, self.key_back[layer].transpose(1, 2))
-        native.attend_packed(self.tasks, layer, q, out, lse, scale, softcap)
+        attend_packed(self.tasks, layer, q, out, lse, scale, softcap)
 
 
 def turned(x: Tensor, matrix: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from quire.decode.grammar import Matcher
 from quire.decode.params import SamplingParams
 from quire.decode.rng import uniform
 from quire.kernels import native
+from quire.kernels import sampling as kernels
 
 _LOWEST = -1e30  # a bias after which a token loses against any other
 
@@ -72,7 +73,7 @@ def sample(logits: Tensor, rows: Sequence[RowState]) -> Sampled:
     _penalise(logits, rows)
     _constrain(logits, rows)
     _mask(logits, rows)
-    chosen = native.argmax(logits) if native.fits(logits) else logits.argmax(-1)
+    chosen = kernels.argmax(logits) if native.fits(logits) else logits.argmax(-1)
     drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
     if drawn:
         index = torch.tensor(drawn, device=logits.device)
@@ -145,7 +146,7 @@ def _constrain(logits: Tensor, rows: Sequence[RowState]) -> None:
         return
     masks = np.stack([matcher.mask for matcher in matchers.values()])  # int32 [rows, words]
     if native.fits(logits):
-        native.mask(logits, list(matchers), masks)
+        kernels.mask(logits, list(matchers), masks)
         return
     bits = torch.from_numpy(masks).to(logits.device)[:, :, None] >> torch.arange(
         32, dtype=torch.int32, device=logits.device
@@ -203,7 +204,7 @@ def _draw(logits: Tensor, rows: Sequence[RowState]) -> Tensor:
     draws = uniform([row.seed for row in rows], [len(row.output) for row in rows])
     params = [row.params for row in rows]
     if native.fits(logits):
-        return native.sample(
+        return kernels.sample(
             logits,
             [p.temperature for p in params],
             [p.top_k for p in params],

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from quire.attention.native import Plan
-from quire.kernels import native
+from quire.kernels.products import Weights
+from quire.kernels.step import LayerWeights, make_model, run_layers
 from quire.kv.arena import TiledArena
 from quire.models.blocks import MLP, kernel_name
 from quire.models.decoder import Angles, Decoder, Layer
@@ -25,7 +26,7 @@ class Fused:
 
     arena: TiledArena
     weights: object
-    layers: tuple[native.LayerWeights, ...]
+    layers: tuple[LayerWeights, ...]
     ropes: tuple[Rope, ...]
     windows: tuple[int | None, ...]
 
@@ -38,7 +39,7 @@ class Fused:
         """
 
         def run(x: Tensor, angles: Angles) -> Tensor:
-            native.run_layers(
+            run_layers(
                 self.weights,
                 x,
                 [angles[rope] for rope in self.ropes],
@@ -68,7 +69,7 @@ def fuse(model: Decoder, arena: TiledArena) -> Fused | None:
         if products is None:
             return None
         layers.append(
-            native.LayerWeights(
+            LayerWeights(
                 layer.norms[0].weight,
                 layer.norms[1].weight,
                 None if layer.q_norm is None else layer.q_norm.weight,
@@ -78,7 +79,7 @@ def fuse(model: Decoder, arena: TiledArena) -> Fused | None:
                 products,
             )
         )
-    weights = native.make_model(
+    weights = make_model(
         layers,
         spec.heads,
         spec.kv_heads,
@@ -93,7 +94,7 @@ def fuse(model: Decoder, arena: TiledArena) -> Fused | None:
     return Fused(arena, weights, tuple(layers), ropes, windows)
 
 
-def _products(layer: Layer) -> tuple[tuple[native.Weights, Tensor | None], ...] | None:
+def _products(layer: Layer) -> tuple[tuple[Weights, Tensor | None], ...] | None:
     """The layer's matrices in order, with their biases; None if one is not the kernels' own."""
     if not isinstance(layer.mlp, MLP):
         return None

@@ -15,7 +15,7 @@ from quire.attention.segments import Item, lay_out
 from quire.engine.fused import Fused, fuse
 from quire.engine.keeper import Chunk, Keeper
 from quire.engine.world import Work
-from quire.kernels.native import rotate_append
+from quire.kernels.kv import rotate_append
 from quire.kv.arena import Arena, TiledArena
 from quire.kv.method import Index, Reader
 from quire.kv.pages import Segment

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quire.kernels import native
-from quire.kernels.native import PAGE
+from quire.kernels.kv import PAGE, read_slots, rotate_append
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class TiledArena:
         if native.fits(self.keys):
             k, v = k.contiguous(), v.contiguous()
             keys, values = self.keys[layer], self.values[layer]
-            native.rotate_append(k[:, :0], k, v, None, slots, keys, values)
+            rotate_append(k[:, :0], k, v, None, slots, keys, values)
             return
         page, place, pack = slots // PAGE, slots % PAGE, self.keys.shape[-1]
         self.keys[layer][page, :, :, place] = k.reshape(*k.shape[:2], -1, pack)
@@ -118,7 +118,7 @@ class TiledArena:
     def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of ``slots`` int64 ``[n]``: each ``[kv_heads, n, head_dim]``."""
         if native.fits(self.keys):
-            return native.read_slots(self.keys[layer], self.values[layer], slots.contiguous())
+            return read_slots(self.keys[layer], self.values[layer], slots.contiguous())
         page, place, pack = slots // PAGE, slots % PAGE, self.keys.shape[-1]
         keys = self.keys[layer][page, :, :, place].flatten(2)  # [n, kv_heads, head_dim]
         values = self.values[layer][page, :, place // pack, :, place % pack]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quire.kernels import native
+from quire.kernels import layers, native
 from quire.models.spec import Experts, Norm
 from quire.weights.linear import Linear
 
@@ -39,7 +39,7 @@ class Normalise:
         if self.kind == "layer":
             return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
         if native.fits(x):
-            return native.rms_norm(x, self.weight, self.eps, plus_one=self.kind == "rms+1")
+            return layers.rms_norm(x, self.weight, self.eps, plus_one=self.kind == "rms+1")
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         if self.kind == "rms+1":  # the product in float32 too (Gemma)
@@ -66,7 +66,7 @@ def gate(wide: Tensor, activation: str) -> Tensor:
     """``act(gate) * up`` of ``wide`` ``[tokens, 2 * width]``, gate first."""
     kernel = _kernel(wide, activation)
     if kernel is not None:
-        return native.gate(wide, kernel)
+        return layers.gate(wide, kernel)
     half, up = wide.chunk(2, dim=-1)
     return ACTIVATIONS[activation](half) * up
 
@@ -74,7 +74,7 @@ def gate(wide: Tensor, activation: str) -> Tensor:
 def activate(x: Tensor, activation: str) -> Tensor:
     """``act(x)``."""
     kernel = _kernel(x, activation)
-    return ACTIVATIONS[activation](x) if kernel is None else native.activate(x, kernel)
+    return ACTIVATIONS[activation](x) if kernel is None else layers.activate(x, kernel)
 
 
 def _kernel(x: Tensor, activation: str) -> str | None:
@@ -86,7 +86,7 @@ def kernel_name(activation: str) -> str | None:
     """The native kernel's name for an activation, if there is one."""
     same = {"gelu_new": "gelu_pytorch_tanh", "gelu_fast": "gelu_pytorch_tanh"}
     name = same.get(activation, activation)
-    return name if name in native.ACTIVATIONS else None
+    return name if name in layers.ACTIVATIONS else None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quire.kernels import native
+from quire.kernels.layers import widen
 from quire.models import rope
 from quire.models.blocks import MLP, MixtureOfExperts, Normalise
 from quire.models.spec import LayerSpec, ModelSpec, Rope
@@ -115,7 +116,7 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """``hidden`` ``[rows, hidden]`` -> float32 logits ``[rows, vocab]``."""
         logits = self.head(hidden)
-        logits = native.widen(logits) if native.fits(logits) else logits.float()
+        logits = widen(logits) if native.fits(logits) else logits.float()
         cap = self.spec.final_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quire.kernels import native
+from quire.kernels import native, products
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class DenseProduct:
         """Packs ``values`` ``[out, in]`` if the native kernels can use it."""
         pack = 4 // values.dtype.itemsize
         if native.fits(values) and values.shape[1] % 4 == 0:
-            return cls(native.tiles(values, pack), values.shape[0])
+            return cls(products.tiles(values, pack), values.shape[0])
         return cls(values, values.shape[0])
 
     @property
@@ -43,15 +43,15 @@ class DenseProduct:
     def __call__(self, x: Tensor, bias: Tensor | None, add: Tensor | None) -> Tensor:
         """``x W^T + bias + add``: ``x`` ``[rows, in]`` -> ``[rows, out]``."""
         if self.values.dim() == 4 and native.fits(x):
-            return native.dense(x, self.values, self.outs, bias, add)
+            return products.dense(x, self.values, self.outs, bias, add)
         out = functional.linear(x, self.unpacked(), bias)
         return out if add is None else add + out
 
-    def packed(self) -> native.Weights | None:
+    def packed(self) -> products.Weights | None:
         """What the native kernels multiply with; None where they do not."""
         if self.values.dim() == 2:
             return None
-        return native.Weights("dense", self.values, self._ins, self.outs)
+        return products.Weights("dense", self.values, self._ins, self.outs)
 
     def unpacked(self) -> Tensor:
         """``[out, in]``."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quire.kernels import native
+from quire.kernels import native, products
 from quire.weights.formats import Grouped
 
 
@@ -53,7 +53,7 @@ class GroupedProduct:
     def __call__(self, x: Tensor, bias: Tensor | None, add: Tensor | None) -> Tensor:
         """``x W^T + bias + add``: ``x`` ``[rows, in]`` -> ``[rows, out]``, in x's dtype."""
         if native.fits(x):
-            return native.grouped(
+            return products.grouped(
                 x,
                 self.codes,
                 self.scales,
@@ -72,9 +72,9 @@ class GroupedProduct:
     def _few(self) -> bool:
         return not self.invariant and self.group % 16 == 0
 
-    def packed(self) -> native.Weights | None:
+    def packed(self) -> products.Weights | None:
         """What the native kernels multiply with."""
-        return native.Weights(
+        return products.Weights(
             "grouped",
             self.codes,
             self.scales.shape[1] * self.group,
@@ -113,7 +113,7 @@ def _places(bits: int) -> Tensor:
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
     per_unit = 32 // bits
-    tiled = native.tiles(codes, per_unit).long()  # [out / 16, units, 16, per_unit]
+    tiled = products.tiles(codes, per_unit).long()  # [out / 16, units, 16, per_unit]
     units = (tiled << _places(bits).to(codes.device)).sum(-1)
     return units.to(torch.int32).contiguous()
 

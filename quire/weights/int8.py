@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quire.kernels import native
+from quire.kernels import native, products
 from quire.weights.formats import ByChannel
 
 
@@ -37,7 +37,7 @@ class Int8Product:
             pad = (0, -outs % 16)
             scales = torch.nn.functional.pad(scales, pad)
             sums = torch.nn.functional.pad(sums, pad)
-            values = native.tiles(values, 4)
+            values = products.tiles(values, 4)
         return cls(values, scales, sums, outs)
 
     @property
@@ -48,18 +48,18 @@ class Int8Product:
     def __call__(self, x: Tensor, bias: Tensor | None, add: Tensor | None) -> Tensor:
         """``x W^T + bias + add``: ``x`` ``[rows, in]`` -> ``[rows, out]``, in x's dtype."""
         if self.values.dim() == 4 and native.fits(x):
-            return native.int8(x, self.values, self.scales, self.sums, self.outs, bias, add)
+            return products.int8(x, self.values, self.scales, self.sums, self.outs, bias, add)
         levels, scale = quantise_rows(x)
         out = (levels @ self._unpacked().float().T) * scale * self.scales[: self.outs]
         out = out if bias is None else out + bias.float()
         return (out if add is None else out + add.float()).to(x.dtype)
 
-    def packed(self) -> native.Weights | None:
+    def packed(self) -> products.Weights | None:
         """What the native kernels multiply with; None where they do not."""
         if self.values.dim() == 2:
             return None
         ins = self.values.shape[1] * self.values.shape[3]
-        return native.Weights(
+        return products.Weights(
             "int8", self.values, ins, self.outs, scales=self.scales, sums=self.sums
         )
 

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from quire.kernels.native import Weights
+from quire.kernels.products import Weights
 from quire.weights.dense import DenseProduct
 from quire.weights.formats import ByChannel, Dense, Grouped, Matrix
 from quire.weights.grouped import GroupedProduct, packs

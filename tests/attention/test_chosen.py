@@ -19,7 +19,7 @@ from instruction_sets import NAMES, threads, using
 from quire.attention import composed
 from quire.attention.composed import Choice, Partial, Reads
 from quire.attention.native import Shape
-from quire.kernels.native import PAGE
+from quire.kernels.kv import PAGE
 from quire.kv.arena import TiledArena
 from quire.kv.pages import PagePool, Segment
 

@@ -18,7 +18,7 @@ from instruction_sets import NAMES, threads, using, with_each
 
 from quire.attention import native, reference
 from quire.attention.segments import Item
-from quire.kernels.native import PAGE
+from quire.kernels.kv import PAGE
 from quire.kv.arena import TiledArena
 from quire.kv.pages import PagePool, Segment
 

@@ -45,8 +45,7 @@ def with_each(call: Callable[[], Result]) -> dict[str, Result]:
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """So many threads for the kernels, for a while; PyTorch keeps its one."""
-    extension = native._extension
-    assert extension is not None
+    extension = native.extension()
     before = extension.threads()
     extension.set_threads(count)
     try:

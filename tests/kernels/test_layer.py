@@ -8,6 +8,8 @@ from instruction_sets import threads, using
 from torch import Tensor
 
 from quire.kernels import native
+from quire.kernels.kv import rotate_append
+from quire.kernels.layers import ACTIVATIONS, widen
 from quire.kv.arena import TiledArena
 from quire.models import blocks, rope
 from quire.models.blocks import Normalise
@@ -92,7 +94,7 @@ def test_gate(dtype: torch.dtype, width: int, activation: str) -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize("activation", native.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gate_of_extreme_numbers(dtype: torch.dtype, activation: str) -> None:
     numbers = [
         0.0,
@@ -130,11 +132,11 @@ def test_widen(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     x = (1e3 * torch.randn(shape)).bfloat16()
     x.view(-1)[:1] = float("-inf")
-    assert torch.equal(native.widen(x), x.float())
-    assert native.widen(x).dtype == torch.float32
+    assert torch.equal(widen(x), x.float())
+    assert widen(x).dtype == torch.float32
     with threads(2):
-        assert torch.equal(native.widen(x), x.float())
-    assert torch.equal(native.widen(x.float()), x.float())
+        assert torch.equal(widen(x), x.float())
+    assert torch.equal(widen(x.float()), x.float())
 
 
 def views(matrix: Tensor, heads: int, kv_heads: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,7 +176,7 @@ def test_rotate_append(dtype: torch.dtype, dim: int, rotated: int, heads: tuple[
     untouched = TiledArena(arena.keys.clone(), arena.values.clone())
     slots = torch.randperm(16 * pages)[:tokens]
     q, k, v = views(matrix, *heads, dim)
-    native.rotate_append(q, k, v, rotation, slots, arena.keys[1], arena.values[1])
+    rotate_append(q, k, v, rotation, slots, arena.keys[1], arena.values[1])
 
     old_q, old_k, old_v = views(before, *heads, dim)
     if rotation is None:
@@ -207,7 +209,7 @@ def test_rotate_append_near_rope() -> None:
     rotation = (angles.cos(), angles.sin())
     expected = rope.rotate(q, *rotation)
     arena = TiledArena.make(1, 2, 32, 16, torch.bfloat16)
-    native.rotate_append(q, k, v, rotation, torch.arange(9), arena.keys[0], arena.values[0])
+    rotate_append(q, k, v, rotation, torch.arange(9), arena.keys[0], arena.values[0])
     close(q, expected, 2**-7, 2**-5)
 
 
@@ -215,7 +217,7 @@ def test_rotate_append_of_no_tokens() -> None:
     arena = TiledArena.make(1, 1, 16, 16, torch.float32)
     empty = torch.empty(0, 1, 16)
     slots = torch.empty(0, dtype=torch.int64)
-    native.rotate_append(empty, empty, empty, None, slots, arena.keys[0], arena.values[0])
+    rotate_append(empty, empty, empty, None, slots, arena.keys[0], arena.values[0])
     assert not arena.keys.any()
 
 

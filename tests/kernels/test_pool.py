@@ -10,7 +10,8 @@ import pytest
 import torch
 from instruction_sets import threads
 
-from quire.kernels import native
+from quire.kernels.layers import rms_norm
+from quire.kernels.native import extension
 from quire.weights.dense import DenseProduct
 
 
@@ -18,11 +19,11 @@ def test_many_short_loops() -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(40, 64), torch.randn(64)
     product = DenseProduct.make(torch.randn(200, 64))
-    normed, multiplied = native.rms_norm(x, weight, 1e-5), product(x, None, None)
+    normed, multiplied = rms_norm(x, weight, 1e-5), product(x, None, None)
     for count in (2, 3, 8, 1):
         with threads(count):
             for _ in range(50):
-                assert torch.equal(native.rms_norm(x, weight, 1e-5), normed)
+                assert torch.equal(rms_norm(x, weight, 1e-5), normed)
                 assert torch.equal(product(x, None, None), multiplied)
 
 
@@ -41,20 +42,19 @@ def test_several_callers_at_once() -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_after_a_fork() -> None:
     """A child has none of its parent's threads, and works with one."""
-    extension = native._extension
-    assert extension is not None
+    kernels = extension()
     x, weight = torch.randn(64, 64), torch.randn(64)
-    expected = native.rms_norm(x, weight, 1e-5)
+    expected = rms_norm(x, weight, 1e-5)
     with threads(2):
-        native.rms_norm(x, weight, 1e-5)
+        rms_norm(x, weight, 1e-5)
         child = os.fork()
         if child == 0:
-            right = extension.threads() == 1
-            right &= torch.equal(native.rms_norm(x, weight, 1e-5), expected)
-            extension.set_threads(2)
-            right &= torch.equal(native.rms_norm(x, weight, 1e-5), expected)
+            right = kernels.threads() == 1
+            right &= torch.equal(rms_norm(x, weight, 1e-5), expected)
+            kernels.set_threads(2)
+            right &= torch.equal(rms_norm(x, weight, 1e-5), expected)
             sys.stdout.flush()
             os._exit(0 if right else 1)
         _, status = os.waitpid(child, 0)
         assert os.waitstatus_to_exitcode(status) == 0
-        assert torch.equal(native.rms_norm(x, weight, 1e-5), expected)
+        assert torch.equal(rms_norm(x, weight, 1e-5), expected)

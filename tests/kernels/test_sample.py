@@ -17,7 +17,7 @@ from quire.decode import sampling
 from quire.decode.params import SamplingParams
 from quire.decode.rng import uniform
 from quire.decode.sampling import RowState
-from quire.kernels import native
+from quire.kernels import sampling as kernels
 
 LAST = 0.999999999
 # Masses are sums of float32 exponentials, each exact to about 2^-22. A draw, or the border of
@@ -35,7 +35,7 @@ class Options:
 
 def choose(logits: Tensor, options: list[Options], draws: list[float]) -> list[int]:
     """The kernel's tokens, the same with every instruction set unless rounding is near."""
-    return native.sample(
+    return kernels.sample(
         logits,
         [o.temperature for o in options],
         [o.top_k for o in options],
@@ -84,20 +84,20 @@ def test_argmax(vocab: int) -> None:
     torch.manual_seed(vocab)
     for rows in (0, 1, 3):
         logits = torch.randn(rows, vocab)
-        assert native.argmax(logits).tolist() == [int(row.argmax()) for row in logits]
+        assert kernels.argmax(logits).tolist() == [int(row.argmax()) for row in logits]
     ties = torch.randint(-3, 3, (50, vocab)).float()
     expected = [row.tolist().index(max(row.tolist())) for row in ties]
-    assert native.argmax(ties).tolist() == expected
+    assert kernels.argmax(ties).tolist() == expected
     masked = torch.full((2, vocab), -math.inf)
     masked[1, -1] = -1e30
-    assert native.argmax(masked).tolist() == [0, vocab - 1]
+    assert kernels.argmax(masked).tolist() == [0, vocab - 1]
 
 
 @pytest.mark.usefixtures("isa")
 def test_argmax_sees_every_place() -> None:
     for vocab in (15, 40, 129):
         logits = torch.eye(vocab) - 5
-        assert native.argmax(logits).tolist() == list(range(vocab))
+        assert kernels.argmax(logits).tolist() == list(range(vocab))
 
 
 def random_options(rng: np.random.Generator, vocab: int) -> Options:
@@ -218,7 +218,7 @@ def test_more_rows_than_a_loop_takes_and_several_threads() -> None:
     assert choose(logits, options, [0.5] * rows) == expected
     with threads(3):
         assert choose(logits, options, [0.5] * rows) == expected
-        assert native.argmax(logits).tolist() == expected
+        assert kernels.argmax(logits).tolist() == expected
 
 
 @settings(max_examples=150, deadline=None)
@@ -279,5 +279,5 @@ def test_mask(vocab: int, spare: int) -> None:
             for token in range(vocab):
                 if not int(mask[token // 32]) >> token % 32 & 1:
                     expected[row, token] = -math.inf
-        native.mask(logits, chosen, masks)
+        kernels.mask(logits, chosen, masks)
         assert torch.equal(logits, expected)

@@ -1,6 +1,6 @@
 // The Python module: chooses an instruction set at run time and passes calls on.
 //
-// Tensors come as addresses; `quire/kernels/native.py` checks dtypes, shapes and strides first. No
+// Tensors come as addresses; the files of `quire/kernels` check dtypes, shapes and strides first. No
 // function here keeps a pointer. The interpreter's lock is released while a kernel runs.
 
 #include <nanobind/nanobind.h>

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from quire.kernels import native
-from quire.kernels.native import PAGE
+from quire.kernels.attention import choose_chunks
+from quire.kernels.kv import PAGE
 from quire.kv.method import Entries, Facts, Index, Reader
 from quire.kv.options import check_sizes
 from quire.kv.tree import Tokens
@@ -74,7 +75,7 @@ def summary(keys: Tensor, chunk: int, outliers: int) -> tuple[Tensor, Tensor]:
 
 
 def _tiled(means: Tensor) -> Tensor:
-    """``[kv_heads, chunks, head_dim]`` in tiles, as `native.choose_chunks` takes them."""
+    """``[kv_heads, chunks, head_dim]`` in tiles, as `choose_chunks` takes them."""
     pack = 4 // means.itemsize
     heads, chunks, dim = means.shape
     padded = torch.nn.functional.pad(means, (0, 0, 0, -chunks % PAGE))
@@ -110,9 +111,7 @@ class Chunks:
         places[..., count * run :] = always
         if native.fits(q) and native.fits(self.means[layer]):
             scale = self.facts.scale
-            native.choose_chunks(
-                q, self.means[layer], self.skipped[layer], scale, count, run, places
-            )
+            choose_chunks(q, self.means[layer], self.skipped[layer], scale, count, run, places)
         else:
             best = self.best(layer, q, count)
             found = best[..., None] * run + torch.arange(run)

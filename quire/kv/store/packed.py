@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quire.kernels.native import PAGE
+from quire.kernels.kv import PAGE
 from quire.kv.method import Entries
 
 STEPS = 4  # of a cell's inner dimension, four numbers each

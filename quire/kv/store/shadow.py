@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quire.kernels.native import PAGE
+from quire.kernels.kv import PAGE
 from quire.kv.fetch.landmarks import Landmarks, summary
 from quire.kv.method import Entries, Facts, Plain, Recipe, Stored, gather
 from quire.kv.options import check_sizes, require

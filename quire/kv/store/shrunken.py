@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from quire.kernels.native import PAGE
+from quire.kernels.kv import PAGE
 from quire.kv.method import Entries, Facts
 from quire.kv.options import check_bits, check_sizes, require
 from quire.kv.store.lowrank import directions, expand, flat, rows_of

@@ -8,6 +8,7 @@ which they are tiles, or as plain products.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -42,12 +43,32 @@ def attend(
     keys, values = (x.to(q.dtype).contiguous() for x in (entries.keys, entries.values))
     form = _tiles if fits(q, q.shape[2]) and not plain else _products
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    positions = torch.arange(len(entries) - len(q), len(entries), device=q.device)
     for first, last in _batches(choice):
         rows = slice(first * block, min(last * block, len(q)))
-        start = keys.shape[1] - len(q) + first * block
-        part = choice[first:last]
-        out[rows] = form(q[rows], keys, values, start, part, block, scale, softcap)
+        reads = _reads(choice[first:last], positions[rows], block)
+        out[rows] = form(q[rows], keys, values, reads, scale, softcap)
     return out
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Rows ``[row, row + rows)`` of a batch read ``places`` int64 of a KV head, their own last."""
+
+    head: int
+    row: int
+    rows: int
+    places: Tensor
+
+
+def _reads(choice: Choice, positions: Tensor, block: int) -> list[_Read]:
+    """What the blocks of rows at ``positions`` read, head by head."""
+    found = []
+    for head in range(len(choice[0])):
+        for b, places in enumerate(choice):
+            own = positions[b * block : (b + 1) * block]
+            found.append(_Read(head, b * block, len(own), torch.cat([places[head], own])))
+    return found
 
 
 def _batches(choice: Choice) -> Iterator[tuple[int, int]]:
@@ -67,27 +88,22 @@ def _products(
     q: Tensor,
     keys: Tensor,
     values: Tensor,
-    start: int,
-    choice: Choice,
-    block: int,
+    reads: Sequence[_Read],
     scale: float,
     softcap: float | None,
 ) -> Tensor:
-    """`attend` with PyTorch operators: ``q`` at positions from ``start``."""
-    total, heads, dim = q.shape
-    kv_heads = len(keys)
-    q = q.reshape(total, kv_heads, heads // kv_heads, dim).float()
-    out = torch.empty_like(q)
-    for b, lists in enumerate(choice):
-        rows = slice(b * block, min((b + 1) * block, total))
-        at = torch.arange(start + rows.start, start + rows.stop, device=q.device)
-        for head, places in enumerate(lists):
-            read = torch.cat([places, at])
-            scores = torch.einsum("rgd,nd->rgn", q[rows, head], keys[head, read].float()) * scale
-            if softcap is not None:
-                scores = softcap * torch.tanh(scores / softcap)
-            scores = scores.masked_fill((read > at[:, None])[:, None], -torch.inf)
-            out[rows, head] = scores.softmax(-1) @ values[head, read].float()
+    """`attend` with PyTorch operators; ``keys``, ``values`` ``[kv_heads, n, head_dim]``."""
+    wide = q.reshape(len(q), len(keys), -1, q.shape[2]).float()  # [rows, kv_heads, group, dim]
+    out = torch.empty_like(wide)
+    for read in reads:
+        rows, places = slice(read.row, read.row + read.rows), read.places
+        part = wide[rows, read.head]
+        scores = torch.einsum("rgd,nd->rgn", part, keys[read.head, places].float()) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        at = places[-read.rows :, None]
+        scores = scores.masked_fill((places > at)[:, None], -torch.inf)
+        out[rows, read.head] = scores.softmax(-1) @ values[read.head, places].float()
     return out.flatten(1, 2)
 
 
@@ -95,9 +111,7 @@ def _tiles(
     q: Tensor,
     keys: Tensor,
     values: Tensor,
-    start: int,
-    choice: Choice,
-    block: int,
+    reads: Sequence[_Read],
     scale: float,
     softcap: float | None,
 ) -> Tensor:
@@ -109,24 +123,19 @@ def _tiles(
     rows, heads, dim = q.shape
     kv_heads, size, _ = keys.shape
     group = heads // kv_heads
-    reads, places, first = [], [], 0  # row, rows, first page, offset, keys, position
-    for head in range(kv_heads):
-        for b in range(len(choice)):
-            chosen, low = choice[b][head], b * block
-            count = min(block, rows - low)
-            own = torch.arange(start + low, start + low + count)
-            length = len(chosen) + count
-            filling = own.new_zeros(-length % PAGE)  # never read
-            places.append(torch.cat([chosen, own, filling]) + head * size)
-            position = start + low - len(chosen)  # the own rows' keys stand where they do
-            reads.append([head * rows + low, count, first, 0, length, position])
-            first += -(-length // PAGE)
+    numbers, places, first = [], [], 0  # row, rows, first page, offset, keys, position
+    for read in reads:
+        length = len(read.places)
+        filling = read.places.new_zeros(-length % PAGE)  # never read
+        places.append(torch.cat([read.places, filling]) + read.head * size)
+        position = int(read.places[-1]) + 1 - length  # the own rows' keys stand where they do
+        numbers.append([read.head * rows + read.row, read.rows, first, 0, length, position])
+        first += -(-length // PAGE)
     index = torch.cat(places)
-    positions = np.arange(start, start + rows)
     plan = kernels.make_plan(
-        np.array(reads, dtype=np.int64),
+        np.array(numbers, dtype=np.int64),
         np.arange(first, dtype=np.int32),
-        np.tile(positions, kv_heads),
+        torch.cat([read.places[-read.rows :] for read in reads]).numpy(),
         None,
         1,
         1,

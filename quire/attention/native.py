@@ -81,7 +81,7 @@ class Plan:
                 np.array([*reads.values(), *(entry for _, entry in own)], dtype=np.int64),
                 np.concatenate(pages),
                 np.concatenate(positions),
-                _kept(segments, shape),
+                valid([(_in_arena(s), s.entries) for s in segments], shape),
                 shape.layers,
                 shape.kv_heads,
                 shape.heads // shape.kv_heads,
@@ -92,19 +92,25 @@ class Plan:
         )
 
 
-def _kept(segments: Sequence[Segment], shape: Shape) -> NDArray[np.int32] | None:
-    """Valid leading keys int32 ``[reads, layers, kv_heads]``; None where all of them are."""
-    if all(segment.kept is None for segment in segments):
+def _in_arena(segment: Segment) -> NDArray[np.int64] | None:
+    """How many leading entries in the arena are valid, ``[layers, kv_heads]``; None: all."""
+    return None if segment.kept is None else segment.kept - segment.packed
+
+
+def valid(
+    reads: Sequence[tuple[NDArray[np.int64] | None, int]], shape: Shape
+) -> NDArray[np.int32] | None:
+    """Valid leading keys int32 ``[reads, layers, kv_heads]``; None where all of them are.
+
+    Of each read, how many are ``[layers, kv_heads]``, which may lie beyond its ends (None: all),
+    and how many keys it has.
+    """
+    if all(kept is None for kept, _ in reads):
         return None
-    full = np.ones((shape.layers, shape.kv_heads), dtype=np.int32)
-    return np.stack(
-        [
-            full * s.entries
-            if s.kept is None
-            else np.clip(s.kept - s.packed, 0, s.entries).astype(np.int32)
-            for s in segments
-        ]
-    )
+    found = np.empty((len(reads), shape.layers, shape.kv_heads), dtype=np.int32)
+    for row, (kept, keys) in zip(found, reads, strict=True):
+        row[:] = keys if kept is None else kept.clip(0, keys)
+    return found
 
 
 def attend(

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quire.attention.native import Shape
+from quire.attention.native import Shape, valid
 from quire.kernels.attention import attend_packed, make_packed_plan
 from quire.kv.pages import Span
 from quire.kv.store.packed import Packed
@@ -90,7 +90,7 @@ class Plan:
                 np.array(numbers, dtype=np.int64),
                 np.stack([read.span.data.addresses for read in reads]),
                 positions,
-                _kept(reads, shape),
+                valid([(r.kept, r.span.stop - r.span.start) for r in reads], shape),
                 shape.layers,
                 shape.kv_heads,
                 shape.heads // shape.kv_heads,
@@ -122,18 +122,3 @@ def turned(x: Tensor, matrix: Tensor) -> Tensor:
     kv_heads = len(matrix)
     rows = x.view(len(x), kv_heads, -1, x.shape[2]).float()
     return torch.einsum("rhgd,hde->rhge", rows, matrix.float()).flatten(1, 2).contiguous()
-
-
-def _kept(reads: Sequence[SpanRead], shape: Shape) -> NDArray[np.int32] | None:
-    """Valid leading keys int32 ``[reads, layers, kv_heads]``; None where all of them are."""
-    if all(read.kept is None for read in reads):
-        return None
-    full = np.ones((shape.layers, shape.kv_heads), dtype=np.int32)
-    return np.stack(
-        [
-            full * (read.span.stop - read.span.start)
-            if read.kept is None
-            else np.clip(read.kept, 0, read.span.stop - read.span.start).astype(np.int32)
-            for read in reads
-        ]
-    )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from quire.engine.limits import PAGE_TOKENS
 from quire.errors import InvalidRequestError, MemoryBudgetError
 from quire.models.spec import ModelSpec
 
@@ -139,11 +140,11 @@ def make_budget(
             limit=least,
             action=f"Ask for at least --memory {-(-least // 2**20)}MiB.",
         )
-    if kv < 16 * kv_token:
+    if kv < PAGE_TOKENS * kv_token:
         raise MemoryBudgetError(
-            f"{format_bytes(kv)} of KV hold no page of 16 tokens.",
+            f"{format_bytes(kv)} of KV hold no page of {PAGE_TOKENS} tokens.",
             value=kv,
-            limit=16 * kv_token,
+            limit=PAGE_TOKENS * kv_token,
             action=f"Give at least {format_bytes(MINIMUM_KV_TOKENS * kv_token)} of KV.",
         )
     return budget

@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from quire.attention.composed import partial
 from quire.kv.method import Entries, Shorten
-from quire.kv.tree import Tokens
+from quire.kv.tree import Tokens, common_prefix
 from quire.models import rope
 from quire.models.decoder import Decoder
 
@@ -35,9 +35,7 @@ class Shortener:
     def places(self, prompt: Tokens) -> NDArray[np.int64] | None:
         """Places of what the method keeps of ``prompt`` int32 ``[tokens]``; None: all."""
         layers = self.method.layers(len(self.model.spec.layers))
-        same = min(len(prompt) - 1, len(self.prompt))  # the last token's query is needed
-        differs = np.flatnonzero(prompt[:same] != self.prompt[:same])
-        known = int(differs[0]) if len(differs) else same
+        known = common_prefix(prompt[:-1], self.prompt)  # the last token's query is needed
         self.prompt = prompt
         self.keys = [x[:, :known] for x in self.keys]
         self.values = [x[:, :known] for x in self.values]

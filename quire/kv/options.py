@@ -24,14 +24,15 @@ def require(right: bool, what: str, action: str = "") -> None:
         raise InvalidRequestError(what, field="kv", action=action)
 
 
-def check(name: str, value: int | float, least: int = 1) -> None:
-    """Raise InvalidRequestError unless ``value`` is an int from ``least`` on or a share."""
-    share = isinstance(value, float) and (0 < value <= 1 or value == least == 0)
-    require(
-        share or (isinstance(value, int) and value >= least),
-        f"{name}={value} is neither a number of entries nor a share.",
-        f"Give an integer from {least} on, or a fraction up to 1.0.",
-    )
+def check_counts(least: int = 1, **counts: int | float) -> None:
+    """Raise InvalidRequestError for what is neither an int from ``least`` on nor a share."""
+    for name, count in counts.items():
+        share = isinstance(count, float) and (0 < count <= 1 or count == least == 0)
+        require(
+            share or (isinstance(count, int) and count >= least),
+            f"{name}={count} is neither a number of entries nor a share.",
+            f"Give an integer from {least} on, or a fraction up to 1.0.",
+        )
 
 
 def check_every(every: int | None) -> None:

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from quire.kv.fetch.choosing import held, largest, listed
 from quire.kv.method import Entries, Facts, Index, Reader
-from quire.kv.options import check, entries_of, require
+from quire.kv.options import check_counts, entries_of, require
 from quire.kv.tiers.mapped import check_folder, is_on_disk, on_disk
 from quire.kv.tree import Tokens
 
@@ -44,8 +44,7 @@ class LoudChannels:
     window: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
-        check("budget", self.budget)
-        check("channels", self.channels)
+        check_counts(budget=self.budget, channels=self.channels)
         require(self.page >= 1, f"page={self.page}: at least 1 token.")
         require(self.tier in ("ram", "disk"), f"tier={self.tier} is neither ram nor disk.")
         if self.tier == "disk":

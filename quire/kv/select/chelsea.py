@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from quire.kv.method import Entries, Seen, join
-from quire.kv.options import check, entries_of, require
+from quire.kv.options import check_counts, entries_of, require
 from quire.kv.select.merging import merged
 
 
@@ -45,9 +45,8 @@ class SoftMatching:
     online: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check("budget", self.budget)
-        check("sinks", self.sinks, least=0)
-        check("recent", self.recent, least=0)
+        check_counts(budget=self.budget)
+        check_counts(0, sinks=self.sinks, recent=self.recent)
         require(self.chunk >= 2, f"chunk={self.chunk}: a chunk has at least 2 tokens.")
 
     @property

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quire.kv.method import Entries, Seen
-from quire.kv.options import check, check_every, entries_of
+from quire.kv.options import check_counts, check_every, entries_of
 from quire.kv.select.budget import best
 from quire.kv.select.fixed_point import FixedPoint
 from quire.kv.select.merging import merged
@@ -45,10 +45,8 @@ class Anchors:
     online: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check("budget", self.budget)
-        check("first", self.first, least=0)
-        check("last", self.last, least=0)
-        check("reach", self.reach, least=0)
+        check_counts(budget=self.budget)
+        check_counts(0, first=self.first, last=self.last, reach=self.reach)
         check_every(self.every)
 
     def select(self, seen: Seen) -> list[list[Tensor]] | list[Entries] | None:

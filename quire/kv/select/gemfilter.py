@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
-from quire.kv.options import check, entries_of, require
+from quire.kv.options import check_counts, entries_of, require
 from quire.kv.select.budget import best
 
 
@@ -36,10 +36,8 @@ class GemFilter:
     axis: ClassVar[str] = "shorten"
 
     def __post_init__(self) -> None:
-        check("budget", self.budget)
-        check("layer", self.layer, least=0)
-        check("first", self.first, least=0)
-        check("last", self.last, least=0)
+        check_counts(budget=self.budget)
+        check_counts(0, layer=self.layer, first=self.first, last=self.last)
         require(self.kernel % 2 == 1 and self.kernel > 0, f"kernel={self.kernel} is not odd.")
 
     def layers(self, depth: int) -> int:

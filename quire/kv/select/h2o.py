@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from quire.kv.method import Seen
-from quire.kv.options import check, check_every, entries_of
+from quire.kv.options import check_counts, check_every, entries_of
 from quire.kv.select.budget import best_of_heads, longest
 
 
@@ -34,8 +34,8 @@ class HeavyHitters:
     mass: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check("budget", self.budget)
-        check("recent", self.recent, least=0)
+        check_counts(budget=self.budget)
+        check_counts(0, recent=self.recent)
         check_every(self.every)
 
     @property

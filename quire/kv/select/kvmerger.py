@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from quire.kv.method import Entries, Seen
-from quire.kv.options import check, entries_of, require
+from quire.kv.options import check_counts, entries_of, require
 from quire.kv.select.budget import best
 from quire.kv.select.merging import merged
 
@@ -55,9 +55,8 @@ class SimilarRuns:
     online: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check("budget", self.budget)
-        check("recent", self.recent, least=0)
-        check("heavy", self.heavy, least=0)
+        check_counts(budget=self.budget)
+        check_counts(0, recent=self.recent, heavy=self.heavy)
         require(-1 <= self.eps <= 1, f"eps={self.eps} is no cosine.", "Give -1.0 to 1.0.")
         require(self.sigma >= 0, f"sigma={self.sigma} is negative.")
         require(

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
 from quire.kv.method import Entries, Facts, Seen
-from quire.kv.options import check, entries_of, require
+from quire.kv.options import check_counts, entries_of, require
 from quire.kv.select.budget import best, tilted
 
 ROWS = 64  # queries whose attention weights exist at once
@@ -38,7 +38,7 @@ class ObservationWindow:
     online: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check("budget", self.budget)
+        check_counts(budget=self.budget)
         require(self.window >= 1, f"window={self.window}: SnapKV looks at one query or more.")
         require(self.kernel % 2 == 1 and self.kernel > 0, f"kernel={self.kernel} is not odd.")
         require(self.pool in ("max", "avg"), f"pool={self.pool} is neither max nor avg.")

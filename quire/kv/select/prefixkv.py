@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quire.kv.method import Seen
-from quire.kv.options import check, check_every, entries_of
+from quire.kv.options import check_counts, check_every, entries_of
 from quire.kv.select.budget import best, same_level
 from quire.kv.select.fixed_point import FixedPoint
 
@@ -38,9 +38,8 @@ class SameLevel:
     online: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check("budget", self.budget)
-        check("first", self.first, least=0)
-        check("last", self.last, least=0)
+        check_counts(budget=self.budget)
+        check_counts(0, first=self.first, last=self.last)
         check_every(self.every)
 
     def select(self, seen: Seen) -> list[list[Tensor]] | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quire.kv.method import Entries, Facts, Seen
-from quire.kv.options import check, check_every, entries_of, require
+from quire.kv.options import check_counts, check_every, entries_of, require
 from quire.kv.select.budget import best_of_heads, longest, tilted
 from quire.kv.select.observation import attention
 
@@ -39,8 +39,8 @@ class Persistence:
     mass: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check("budget", self.budget)
-        check("recent", self.recent, least=0)
+        check_counts(budget=self.budget)
+        check_counts(0, recent=self.recent)
         check_every(self.every)
         require(self.window >= 1, f"window={self.window}: at least one query is looked at.")
         require(0 <= self.drop < 1, f"drop={self.drop} is not a share below 1.")

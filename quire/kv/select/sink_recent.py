@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quire.kv.method import Seen
-from quire.kv.options import check, check_every, entries_of
+from quire.kv.options import check_counts, check_every, entries_of
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class SinkRecent:
     online: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check("budget", self.budget)
-        check("sinks", self.sinks, least=0)
+        check_counts(budget=self.budget)
+        check_counts(0, sinks=self.sinks)
         check_every(self.every)
 
     def select(self, seen: Seen) -> list[list[Tensor]] | None:

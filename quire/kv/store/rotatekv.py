@@ -10,9 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quire.errors import InvalidRequestError
 from quire.kv.method import Entries, Facts, Joined, Plain, Stored
-from quire.kv.options import check_bits, check_sizes
+from quire.kv.options import check_bits, check_sizes, require
 from quire.kv.store.hadamard import hadamard
 from quire.kv.store.packed import Format, Packed
 
@@ -59,14 +58,10 @@ class RotateKV:
         check_bits(self.bits)
         check_sizes(group=self.group, block=self.block)
         check_sizes(0, sinks=self.sinks)
-        if self.clip is not None and not 0 < self.clip <= 1:
-            raise InvalidRequestError(
-                f"clip={self.clip} is not a share.", field="kv", action="Give one up to 1.0."
-            )
-        if self.rope not in ("pre", "post"):
-            raise InvalidRequestError(
-                f"rope={self.rope}: keys are rotated pre or post RoPE.", field="kv"
-            )
+        clips = self.clip is None or 0 < self.clip <= 1
+        require(clips, f"clip={self.clip} is not a share.", "Give one up to 1.0.")
+        what = f"rope={self.rope}: keys are rotated pre or post RoPE."
+        require(self.rope in ("pre", "post"), what)
 
     def pack(self, facts: Facts, layers: Sequence[Entries]) -> Stored:
         """See `Store.pack`."""

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire.errors import InvalidRequestError
-from quire.kv.options import check, entries_of
+from quire.kv.options import check_counts, entries_of
 from quire.kv.select.budget import best, same_level, tilted
 
 
@@ -21,13 +21,13 @@ def test_a_budget_is_entries_or_a_share() -> None:
 @pytest.mark.parametrize("value", [0, -3, 0.0, 1.5, -0.1])
 def test_what_is_no_budget(value: float) -> None:
     with pytest.raises(InvalidRequestError, match="budget="):
-        check("budget", value)
+        check_counts(budget=value)
 
 
 def test_counts_may_be_zero() -> None:
-    check("recent", 0, least=0)
-    check("recent", 0.0, least=0)
-    check("recent", 1, least=0)
+    check_counts(0, recent=0)
+    check_counts(0, recent=0.0)
+    check_counts(0, recent=1)
 
 
 @settings(max_examples=200, deadline=None)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if given is not None and not others.isdisjoint(map(str, given.params.values())):
             item.add_marker(pytest.mark.slow)
             item.add_marker(pytest.mark.other_isa)
+
+
+@pytest.fixture(params=native.available()[1:])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set of this machine in turn."""
+    before = native.use(request.param)
+    yield request.param
+    native.use(before)
 
 
 @pytest.fixture(scope="session")

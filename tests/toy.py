@@ -1,12 +1,15 @@
-"""A model without weights and a tokenizer of bytes: engine tests in milliseconds."""
+"""A model without weights, the facts of one, and a tokenizer of bytes: tests in milliseconds."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from quire.kv.method import Calibration, Facts
+from quire.models import rope
 from quire.models.spec import LayerSpec, ModelSpec, Rope
 
 BYTES = 256
@@ -58,6 +61,39 @@ class MockModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         return hidden @ self.embedding.T
+
+
+def make_facts(
+    heads: int = 4,
+    kv_heads: int = 2,
+    layers: int = 2,
+    head_dim: int = 32,
+    dtype: torch.dtype = torch.float32,
+    *,
+    windows: tuple[int | None, ...] | None = None,
+    calibrate: Callable[[], Calibration] = lambda: Calibration([], [], []),
+    softcap: float | None = None,
+) -> Facts:
+    """What KV methods are told of a model with one RoPE for all layers."""
+
+    def turn(_layer: int, x: Tensor, positions: Tensor, back: bool) -> Tensor:
+        at = positions.expand(x.shape[:-1]).flatten()
+        cos, sin = rope.tables(Rope(10000.0, head_dim, "default"), at)
+        flat = x.reshape(len(at), 1, head_dim).float()
+        return rope.rotate(flat, cos, -sin if back else sin).view(x.shape).to(x.dtype)
+
+    return Facts(
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        scale=head_dim**-0.5,
+        windows=windows or (None,) * layers,
+        turn=turn,
+        calibrate=calibrate,
+        softcap=softcap,
+    )
 
 
 class ByteTokenizer:

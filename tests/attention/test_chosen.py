@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
-from instruction_sets import NAMES, threads, using
+from instruction_sets import threads
 
 from quire.attention import composed
 from quire.attention.composed import Choice, Partial, Reads
@@ -25,12 +24,6 @@ from quire.kv.pages import PagePool, Segment
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.03}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-
-
-@pytest.fixture(params=NAMES)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with using(request.param) as name:
-        yield name
 
 
 ISAS = pytest.mark.usefixtures("isa")

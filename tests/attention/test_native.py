@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
-from instruction_sets import NAMES, threads, using, with_each
+from instruction_sets import threads, using, with_each
 
 from quire.attention import native, reference
 from quire.attention.segments import Item
@@ -30,12 +30,6 @@ LAYERS = 2
 # with a sum of 1, that is at most 2^-8 of the largest value twice, about 0.03; most is far below.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.03}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-
-
-@pytest.fixture(params=NAMES)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with using(request.param) as name:
-        yield name
 
 
 ISAS = pytest.mark.usefixtures("isa")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import random
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
-from instruction_sets import NAMES, threads, using
+from instruction_sets import threads
 
 from quire.attention import composed, packed
 from quire.attention.composed import Partial, Reads
@@ -31,12 +30,6 @@ from quire.kv.store.packed import Format, Packed
 # and queries to 127, or (8 bits) both to 2^15. An error is the sum of very many.
 TOLERANCE = {8: 3e-4, 4: 0.06, 2: 0.12}
 LAYERS = 2
-
-
-@pytest.fixture(params=NAMES)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with using(request.param) as name:
-        yield name
 
 
 ISAS = pytest.mark.usefixtures("isa")

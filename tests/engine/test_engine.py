@@ -21,6 +21,7 @@ from quire.engine.limits import PAGE_TOKENS
 from quire.engine.request import EngineRequest, EngineResult
 from quire.errors import EngineStallError, PromptTooLongError
 from quire.kv.method import Recipe
+from quire.kv.recipes import parse
 from quire.kv.tiers.prefixes import PrefixFiles
 from quire.schedule.policies import POLICIES
 from quire.schedule.state import Policy
@@ -78,6 +79,25 @@ def run(
         assert engine.world.pool.used_pages == 0
         assert not list(engine.world.tree.nodes())
     return found, engine
+
+
+def pages_by_step(requests: list[EngineRequest], recipe: str) -> list[int]:
+    """Pages in use after each step at whose end sequences ran."""
+    engine = Engine(
+        MockModel(),  # type: ignore[arg-type]
+        ByteTokenizer(),  # type: ignore[arg-type]
+        policy=POLICIES["batch"],
+        kv_bytes=100 * PAGE_BYTES,
+        chunk=64,
+        recipe=parse(recipe),
+    )
+    engine.add(requests)
+    used = []
+    while engine.unfinished:
+        engine.step()
+        if engine.world.state.running:
+            used.append(engine.world.pool.used_pages)
+    return used
 
 
 def tokens(found: dict[int, EngineResult]) -> dict[int, list[list[int]]]:

@@ -11,19 +11,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_engine import PAGE_BYTES, pages_needed, random_requests, run, tokens
+from test_engine import pages_by_step, pages_needed, random_requests, run, tokens
 from torch import Tensor
 
 from quire import LLM, SamplingParams
-from quire.engine.engine import Engine
 from quire.engine.facts import make_facts
 from quire.engine.request import EngineRequest
 from quire.errors import InvalidRequestError
 from quire.kv.method import Entries, Seen, join
 from quire.kv.recipes import METHODS, parse
 from quire.models.spec import ModelSpec
-from quire.schedule.policies import POLICIES
-from toy import ByteTokenizer, MockModel, spec
+from toy import MockModel, spec
 
 METHODS_SMALL = [
     "streaming(budget=16,sinks=2,every=1)",
@@ -241,20 +239,7 @@ def test_a_budget_for_everything_keeps_everything(name: str) -> None:
 )
 def test_a_selection_frees_memory(text: str, most: int) -> None:
     rng = random.Random(0)
-    engine = Engine(
-        MockModel(),  # type: ignore[arg-type]
-        ByteTokenizer(),  # type: ignore[arg-type]
-        policy=POLICIES["batch"],
-        kv_bytes=100 * PAGE_BYTES,
-        chunk=64,
-        recipe=parse(text),
-    )
-    engine.add(requests_of([[rng.randrange(1, 256) for _ in range(400)]], 15))
-    used = []
-    while engine.unfinished:
-        engine.step()
-        if engine.world.state.running:
-            used.append(engine.world.pool.used_pages)
+    used = pages_by_step(requests_of([[rng.randrange(1, 256) for _ in range(400)]], 15), text)
     assert used[-1] <= -(-most // 16) + 1
 
 

@@ -6,14 +6,11 @@ import random
 
 import numpy as np
 import pytest
-from test_engine import PAGE_BYTES, pages_needed, random_requests, run, tokens
+from test_engine import pages_by_step, pages_needed, random_requests, run, tokens
 
 from quire import LLM, SamplingParams
-from quire.engine.engine import Engine
 from quire.engine.request import EngineRequest
 from quire.kv.recipes import parse
-from quire.schedule.policies import POLICIES
-from toy import ByteTokenizer, MockModel
 
 STORES = [
     "int8(block=16)",
@@ -90,20 +87,7 @@ def test_what_is_packed_is_fetched(text: str) -> None:
 
 @pytest.mark.parametrize("text", STORES)
 def test_packing_frees_memory(text: str) -> None:
-    engine = Engine(
-        MockModel(),  # type: ignore[arg-type]
-        ByteTokenizer(),  # type: ignore[arg-type]
-        policy=POLICIES["batch"],
-        kv_bytes=100 * PAGE_BYTES,
-        chunk=64,
-        recipe=parse(text),
-    )
-    engine.add(requests_of([prompt(400, 0)], 15))
-    used = []
-    while engine.unfinished:
-        engine.step()
-        if engine.world.state.running:
-            used.append(engine.world.pool.used_pages)
+    used = pages_by_step(requests_of([prompt(400, 0)], 15), text)
     assert max(used) >= 24  # nearly all of the prompt, once
     assert used[-1] < 24
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
-from instruction_sets import NAMES, threads, using, with_each
+from instruction_sets import threads, using, with_each
 
 from quire.weights.dense import DenseProduct
 from quire.weights.formats import ByChannel, Dense, Grouped
@@ -29,12 +28,6 @@ SIZES = pytest.mark.parametrize(
 # Half a unit in the last place, relative: what rounding to a dtype costs.
 HALF_UNIT = {torch.float32: 2**-24, torch.bfloat16: 2**-8}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-
-
-@pytest.fixture(params=NAMES)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with using(request.param) as name:
-        yield name
 
 
 ISAS = pytest.mark.usefixtures("isa")

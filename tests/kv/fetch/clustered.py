@@ -9,37 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quire.kv.method import Calibration, Entries, Facts, Index, Reader
-from quire.models import rope
-from quire.models.spec import Rope
+from quire.kv.method import Entries, Facts, Index, Reader
 
 SHAPES = [(1, 1), (4, 1), (4, 4), (8, 2)]  # heads, kv_heads
-
-
-def make_facts(
-    heads: int = 4,
-    kv_heads: int = 2,
-    layers: int = 2,
-    head_dim: int = 32,
-    dtype: torch.dtype = torch.float32,
-) -> Facts:
-    def turn(_layer: int, x: Tensor, positions: Tensor, back: bool) -> Tensor:
-        at = positions.expand(x.shape[:-1]).flatten()
-        cos, sin = rope.tables(Rope(10000.0, head_dim, "default"), at)
-        flat = x.reshape(len(at), 1, head_dim).float()
-        return rope.rotate(flat, cos, -sin if back else sin).view(x.shape).to(x.dtype)
-
-    return Facts(
-        layers,
-        heads,
-        kv_heads,
-        head_dim,
-        dtype,
-        head_dim**-0.5,
-        (None,) * layers,
-        turn,
-        lambda: Calibration([], [], []),
-    )
 
 
 @dataclass

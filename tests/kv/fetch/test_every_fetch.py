@@ -7,10 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from clustered import SHAPES, Node, chosen, make_facts, readers
+from clustered import SHAPES, Node, chosen, readers
 from test_quantised import with_texts
 
 from quire.kv.recipes import parse
+from toy import make_facts
 
 SMALL = [
     "squeezed(window=8,centroids=0.3)",

@@ -15,22 +15,13 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "kernels"))
 from instruction_sets import NAMES, using
 
 from quire.kv.fetch.landmarks import Chunks, Landmarks
-from quire.kv.method import Calibration, Entries, Facts
+from quire.kv.method import Entries, Facts
+from toy import make_facts
 
 
 def facts(heads: tuple[int, int], dim: int, dtype: torch.dtype) -> Facts:
     kv_heads, group = heads
-    return Facts(
-        layers=2,
-        heads=kv_heads * group,
-        kv_heads=kv_heads,
-        head_dim=dim,
-        dtype=dtype,
-        scale=dim**-0.5,
-        windows=(None, None),
-        turn=lambda *given: given[1],
-        calibrate=lambda: Calibration([], [], []),
-    )
+    return make_facts(kv_heads * group, kv_heads, 2, dim, dtype)
 
 
 def unasked(_layer: int) -> torch.Tensor:

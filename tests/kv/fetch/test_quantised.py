@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from clustered import SHAPES, Node, at_random, chosen, make_facts, mass, readers
+from clustered import SHAPES, Node, at_random, chosen, mass, readers
 from torch import Tensor
 
 from quire.errors import InvalidRequestError
 from quire.kv.fetch.quantised import Codes, QuantisedKeys, codebook
 from quire.kv.method import Calibration, Facts, Reader
+from toy import make_facts
 
 SMALL = QuantisedKeys(keep=0.1, sinks=4, recent=16, distance=300)
 

@@ -8,12 +8,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from clustered import SHAPES, Node, at_random, chosen, make_facts, mass, readers
+from clustered import SHAPES, Node, at_random, chosen, mass, readers
 from torch import Tensor
 
 from quire.errors import InvalidRequestError
 from quire.kv.fetch.sentences import SentenceBuckets, Sentences, sentence_numbers
 from quire.kv.method import Facts, Reader
+from toy import make_facts
 
 SMALL = SentenceBuckets(budget=80, sinks=8, recent=12, longest=16)
 END, WORD = 1, 7

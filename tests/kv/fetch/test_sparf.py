@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from clustered import SHAPES, Node, at_random, attention, chosen, make_facts, mass, readers
+from clustered import SHAPES, Node, at_random, attention, chosen, mass, readers
 from torch import Tensor
 
 from quire.errors import InvalidRequestError
 from quire.kv.fetch.sparf import Channels, LoudChannels
+from toy import make_facts
 
 SMALL = LoudChannels(budget=20, channels=8, page=4, recent=10)
 

@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from clustered import SHAPES, Node, at_random, attention, chosen, make_facts, mass, readers
+from clustered import SHAPES, Node, at_random, attention, chosen, mass, readers
 
 from quire.errors import InvalidRequestError
 from quire.kv.fetch.squeezed import Centroids, SqueezedAttention
 from quire.kv.method import Calibration
+from toy import make_facts
 
 SMALL = SqueezedAttention(window=20, keep=0.25)
 

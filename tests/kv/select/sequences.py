@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quire.kv.method import Calibration, Entries, Facts, Seen, pad
-from quire.models import rope
-from quire.models.spec import Rope
+import toy
+from quire.kv.method import Entries, Facts, Seen, pad
 
 SHAPES = [(1, 1), (4, 1), (4, 4), (8, 2)]  # heads, kv_heads
 
@@ -28,16 +27,8 @@ def make_facts(
     dtype: torch.dtype = torch.float32,
     softcap: float | None = None,
 ) -> Facts:
-    def turn(_layer: int, x: Tensor, positions: Tensor, back: bool) -> Tensor:
-        at = positions.expand(x.shape[:-1]).flatten()
-        cos, sin = rope.tables(Rope(10000.0, head_dim, "default"), at)
-        flat = x.reshape(len(at), 1, head_dim).float()
-        return rope.rotate(flat, cos, -sin if back else sin).view(x.shape).to(x.dtype)
-
-    none = Calibration([], [], [])
-    windows = (None,) * layers
-    sizes = (layers, heads, kv_heads, head_dim)
-    return Facts(*sizes, dtype, head_dim**-0.5, windows, turn, lambda: none, softcap)
+    """Of a model so small that loops in Python are fast enough."""
+    return toy.make_facts(heads, kv_heads, layers, head_dim, dtype, softcap=softcap)
 
 
 @dataclass

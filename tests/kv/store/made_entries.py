@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,40 +16,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "engine"))
 from test_engine import pages_needed, random_requests, run, tokens
 
 from quire import LLM, SamplingParams
-from quire.kv.method import Calibration, Entries, Facts
+from quire.kv.method import Entries, Facts
 from quire.kv.recipes import parse
 from quire.kv.store.parts import Composite
-from quire.models import rope
-from quire.models.spec import Rope
 from toy import MockModel, spec
-
-
-def make_facts(
-    heads: int = 2,
-    kv_heads: int = 2,
-    layers: int = 2,
-    head_dim: int = 32,
-    dtype: torch.dtype = torch.float32,
-    windows: tuple[int | None, ...] | None = None,
-    calibrate: Callable[[], Calibration] | None = None,
-) -> Facts:
-    def turn(_layer: int, x: Tensor, positions: Tensor, back: bool) -> Tensor:
-        at = positions.expand(x.shape[:-1]).flatten()
-        cos, sin = rope.tables(Rope(10000.0, head_dim, "default"), at)
-        flat = x.reshape(len(at), 1, head_dim).float()
-        return rope.rotate(flat, cos, -sin if back else sin).view(x.shape).to(x.dtype)
-
-    return Facts(
-        layers,
-        heads,
-        kv_heads,
-        head_dim,
-        dtype,
-        head_dim**-0.5,
-        windows or (None,) * layers,
-        turn,
-        calibrate or (lambda: Calibration([], [], [])),
-    )
 
 
 def make_entries(facts: Facts, n: int, seed: int = 0, first: int = 0) -> list[Entries]:
@@ -97,11 +66,8 @@ def rounded(x: Tensor, bits: int, group: int, axis: int) -> Tensor:
     return out
 
 
-def check_in_the_engine(
-    text: str, monkeypatch: pytest.MonkeyPatch, layers: int = 2, seeds: tuple[int, ...] = (3, 8)
-) -> None:
-    """A mock model under ``text``: what it stores is read, whatever the memory and the chunks."""
-    recipe = parse(text)
+def watch_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The layers of which packed entries are read from now on."""
     read: list[int] = []
     plain = Composite.read
 
@@ -110,6 +76,15 @@ def check_in_the_engine(
         return plain(self, layer, index)
 
     monkeypatch.setattr(Composite, "read", reading)
+    return read
+
+
+def check_in_the_engine(
+    text: str, monkeypatch: pytest.MonkeyPatch, layers: int = 2, seeds: tuple[int, ...] = (3, 8)
+) -> None:
+    """A mock model under ``text``: what it stores is read, whatever the memory and the chunks."""
+    recipe = parse(text)
+    read = watch_reads(monkeypatch)
     for seed in seeds:
         requests = random_requests(seed)
         wanted = None
@@ -128,14 +103,7 @@ def check_in_the_engine(
 
 def check_demonstration_model(text: str, monkeypatch: pytest.MonkeyPatch, least: float) -> None:
     """Prompts with a common beginning, several samples: mostly the tokens of the full cache."""
-    read: list[int] = []
-    plain = Composite.read
-
-    def reading(self: Composite, layer: int, index: Tensor | None = None) -> Entries:
-        read.append(layer)
-        return plain(self, layer, index)
-
-    monkeypatch.setattr(Composite, "read", reading)
+    read = watch_reads(monkeypatch)
     story = "It was a dark and stormy night, and the old man sat by the fire. " * 4
     prompts = [story + end for end in ("Then", "The dog barked and", "She said that")]
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, n=2)

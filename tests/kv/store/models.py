@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import toy
 from quire.attention import composed, packed
 from quire.attention.composed import Partial, Reads
 from quire.attention.native import Shape
@@ -13,8 +14,6 @@ from quire.attention.packed import SpanRead
 from quire.kv.arena import Arena
 from quire.kv.method import Calibration, Entries, Facts, Stored
 from quire.kv.pages import Segment, Span
-from quire.models import rope
-from quire.models.spec import Rope
 
 LAYERS = 2
 CALIBRATED = 200  # tokens
@@ -34,12 +33,6 @@ def make_facts(
     Both are ``[kv_heads, head_dim]``.
     """
 
-    def turn(_layer: int, x: Tensor, positions: Tensor, back: bool) -> Tensor:
-        at = positions.expand(x.shape[:-1]).flatten()
-        cos, sin = rope.tables(Rope(10000.0, head_dim, "default"), at)
-        flat = x.reshape(len(at), 1, head_dim).float()
-        return rope.rotate(flat, cos, -sin if back else sin).view(x.shape).to(x.dtype)
-
     def calibrate() -> Calibration:
         generator = torch.Generator().manual_seed(5)
         shape = (LAYERS, CALIBRATED, kv_heads, head_dim)
@@ -47,17 +40,8 @@ def make_facts(
         keys = keys + (0 if bias is None else bias)
         return Calibration([], list(keys), [])
 
-    return Facts(
-        layers=LAYERS,
-        heads=kv_heads * group,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        dtype=dtype,
-        scale=head_dim**-0.5,
-        windows=(None,) * LAYERS,
-        turn=turn,
-        calibrate=calibrate,
-    )
+    heads = kv_heads * group
+    return toy.make_facts(heads, kv_heads, LAYERS, head_dim, dtype, calibrate=calibrate)
 
 
 def make_entries(

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+import toy
 from quire.kv.method import Calibration, Entries, Facts
-from quire.models import rope
-from quire.models.spec import Rope
 
-ROPE = 10000.0
+ROPE = 10000.0  # the base that `toy.make_facts` has
 
 
 def make_facts(
@@ -22,15 +21,9 @@ def make_facts(
     group: int = 1,
     calibration: Calibration | None = None,
 ) -> Facts:
-    def turn(_layer: int, x: Tensor, positions: Tensor, back: bool) -> Tensor:
-        at = positions.expand(x.shape[:-1]).flatten()
-        cos, sin = rope.tables(Rope(ROPE, head_dim, "default"), at)
-        flat = x.reshape(len(at), 1, head_dim).float()
-        return rope.rotate(flat, cos, -sin if back else sin).view(x.shape).to(x.dtype)
-
     known = calibration or Calibration([], [], [])
-    sizes = (layers, kv_heads * group, kv_heads, head_dim)
-    return Facts(*sizes, dtype, head_dim**-0.5, (None,) * layers, turn, lambda: known)
+    heads = kv_heads * group
+    return toy.make_facts(heads, kv_heads, layers, head_dim, dtype, calibrate=lambda: known)
 
 
 def rotated(x: Tensor, positions: Tensor) -> Tensor:

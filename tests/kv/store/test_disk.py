@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_entries import make_facts
 
 from quire import LLM, SamplingParams
 from quire.errors import InvalidRequestError
 from quire.kv.method import Entries, gather
 from quire.kv.recipes import parse
 from quire.kv.store.disk import OnDisk
+from toy import make_facts
 
 
 def entries(heads: int, n: int, dim: int, dtype: torch.dtype) -> Entries:

@@ -9,7 +9,6 @@ from made_entries import (
     check_in_the_engine,
     error,
     make_entries,
-    make_facts,
     rounded,
     scattered,
 )
@@ -19,6 +18,7 @@ from quire.errors import InvalidRequestError
 from quire.kv.method import gather
 from quire.kv.store.affine import Kivi
 from quire.kv.store.gear import Gear, low_rank
+from toy import make_facts
 
 
 def extremes(row: Tensor, share: float) -> list[int]:

@@ -11,7 +11,6 @@ from made_entries import (
     check_in_the_engine,
     error,
     make_entries,
-    make_facts,
     rounded,
     scattered,
 )
@@ -24,7 +23,7 @@ from quire.errors import InvalidRequestError
 from quire.kv.method import Calibration, Entries, Facts, Plain, Recipe, gather
 from quire.kv.recipes import parse
 from quire.kv.store.mikv import MixedPrecision, balance
-from toy import MockModel
+from toy import MockModel, make_facts
 
 
 def calibrated(

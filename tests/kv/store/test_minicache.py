@@ -10,7 +10,6 @@ from made_entries import (
     check_in_the_engine,
     error,
     make_entries,
-    make_facts,
     scattered,
 )
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch import Tensor
 from quire.errors import InvalidRequestError
 from quire.kv.method import Entries, Facts, gather
 from quire.kv.store.minicache import SharedDirections, slerp
+from toy import make_facts
 
 SIDES = ("keys", "values")
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from quire.errors import PromptTooLongError
+from quire.kernels.kv import PAGE
 
-PAGE_TOKENS = 16
+PAGE_TOKENS = PAGE  # a page is a tile of the kernels
 
 
 @dataclass(frozen=True)

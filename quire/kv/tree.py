@@ -268,8 +268,12 @@ class PrefixTree:
             node = parent
 
     def nodes(self) -> Iterator[Node]:
-        """All nodes but the root, parents first."""
-        return _below(self.root)
+        """All nodes but the root, parents first, without recursion."""
+        stack = self.root.branches[::-1]
+        while stack:
+            node = stack.pop()
+            yield node
+            stack.extend(node.branches[::-1])
 
 
 def common_prefix(a: Tokens, b: Tokens) -> int:
@@ -285,12 +289,3 @@ def _upwards(node: Node) -> Iterator[Node]:
     while node.parent is not None:
         yield node
         node = node.parent
-
-
-def _below(node: Node) -> Iterator[Node]:
-    """All descendants of ``node``, parents first, without recursion."""
-    stack = list(reversed(node.branches))
-    while stack:
-        node = stack.pop()
-        yield node
-        stack.extend(reversed(node.branches))

@@ -164,36 +164,36 @@ class PrefixFiles:
         """What a file holds. Raises ValueError or the like where it is damaged."""
         if bytes(content[: len(MAGIC)]) != MAGIC:
             raise ValueError("not a piece")
-        length = int.from_bytes(content[8:16], "little")
-        if length > BLOCK - 16:
-            raise ValueError("not a header")
-        header = json.loads(bytes(content[16 : 16 + length]))
-        tokens = int(header["tokens"])
+        tokens = int(json.loads(bytes(content[16:BLOCK]))["tokens"])
         numbers = content[BLOCK : BLOCK + self.layout.nbytes(tokens)]
-        if header != self._header(name, tokens, zlib.crc32(numbers)):
+        whole = len(numbers) == self.layout.nbytes(tokens)
+        if not whole or content[:BLOCK] != self._head(name, tokens, zlib.crc32(numbers)):
             raise ValueError("other numbers")
         flat = torch.frombuffer(numbers, dtype=self.layout.dtype)
         return flat.view(self.layout.shape(tokens))
 
-    def _header(self, name: str, tokens: int, checksum: int) -> dict[str, object]:
+    def _head(self, name: str, tokens: int, checksum: int) -> bytes:
+        """A file's first block."""
         shape = [self.layout.layers, self.layout.kv_heads, self.layout.head_dim]
-        return {
-            "key": self.key,
-            "name": name,
-            "shape": shape,
-            "dtype": str(self.layout.dtype),
-            "tokens": tokens,
-            "checksum": checksum,
-        }
+        header = json.dumps(
+            {
+                "key": self.key,
+                "name": name,
+                "shape": shape,
+                "dtype": str(self.layout.dtype),
+                "tokens": tokens,
+                "checksum": checksum,
+            }
+        ).encode()
+        return (MAGIC + len(header).to_bytes(8, "little") + header).ljust(BLOCK)
 
     def _write(self, name: str, numbers: Tensor) -> None:
         path = self._path(name)
         draft = path.with_suffix(f".{os.getpid()}")
         data = memoryview(numbers.contiguous().view(torch.uint8).numpy().reshape(-1))  # type: ignore[arg-type]
         try:
-            header = json.dumps(self._header(name, numbers.shape[2], zlib.crc32(data))).encode()
             with draft.open("wb") as stream:
-                stream.write((MAGIC + len(header).to_bytes(8, "little") + header).ljust(BLOCK))
+                stream.write(self._head(name, numbers.shape[2], zlib.crc32(data)))
                 stream.write(data)
                 stream.write(bytes(-len(data) % BLOCK))
             draft.replace(path)
@@ -233,12 +233,13 @@ def _files(folder: Path) -> Iterable[tuple[float, int, str]]:
 
 def _contents(path: Path) -> memoryview:
     """A whole file, read past the system's cache where that is possible."""
+    flags = os.O_RDONLY | os.O_NONBLOCK  # a pipe of that name would wait for a writer
     try:
-        file = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+        file = os.open(path, flags | getattr(os, "O_DIRECT", 0))
     except FileNotFoundError:
         raise
     except OSError:  # a file system without direct reads
-        file = os.open(path, os.O_RDONLY)
+        file = os.open(path, flags)
     try:
         size = os.fstat(file).st_size
         if size < BLOCK:

@@ -64,6 +64,23 @@ def test_other_keys_see_nothing(tmp_path: Path) -> None:
     assert not files(tmp_path, "other").has(NAME)
 
 
+def test_a_pipe_of_that_name_is_no_piece(piece: Path) -> None:
+    piece.unlink()
+    os.mkfifo(piece)
+    made = files(piece.parents[1])
+    assert made.read(NAME, 32) is None
+    assert not piece.exists()
+    assert made.damaged == 1
+
+
+def test_every_bit_of_the_header_counts(piece: Path) -> None:
+    whole = piece.read_bytes()
+    for bit in range(8 * len(whole[:BLOCK].rstrip())):
+        byte = whole[bit // 8] ^ (1 << bit % 8)
+        piece.write_bytes(whole[: bit // 8] + bytes([byte]) + whole[bit // 8 + 1 :])
+        assert files(piece.parents[1]).read(NAME, 32) is None
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_damage_is_seen(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:

@@ -32,6 +32,7 @@ from quire.jobs.report import check_writable, make_report, write_report
 from quire.jobs.run import make_parser, run_job
 from quire.jobs.settings import job_settings
 from quire.jobs.summary import write_stats
+from quire.kv.recipes import check, parse
 from quire.models.loader import load_spec, stored_dtype
 
 
@@ -261,7 +262,9 @@ def run(
             command=tuple(word for word in sys.argv[1:] if word != "--fresh"),
         )
         if dry:
+            recipe = parse(kv)
             setup = Setup.make(model, **options)
+            check(recipe, [layer.window for layer in setup.spec.layers], setup.spec.context)
             log.start(given, setup.budget)
             parser = make_parser(job, log.warn)
             rows = (parser.read(record) for record in islice(job.records(), limit))

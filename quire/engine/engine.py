@@ -108,7 +108,7 @@ class Engine:
         self.keeper: Keeper | None = None
         if recipe is not None and not recipe.plain:
             facts = make_facts(model, tokenizer)
-            check(recipe, facts, spec.context)
+            check(recipe, facts.windows, spec.context)
             if deterministic and recipe.sparse is not None:
                 raise InvalidRequestError(
                     "In deterministic mode prefill reads everything: what a sparse prefill reads "

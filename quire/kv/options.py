@@ -43,7 +43,7 @@ def check_every(every: int | None) -> None:
 def check_bits(bits: int) -> None:
     """Raise InvalidRequestError unless codes of ``bits`` fill bytes."""
     what = f"bits={bits}: codes are of 2, 4 or 8 bits, which fill whole bytes."
-    require(bits in BITS, what, "Take the next of them.")
+    require(bits in BITS, what, "Take one of them.")
 
 
 def check_sizes(least: int = 1, **sizes: int | None) -> None:

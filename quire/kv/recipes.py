@@ -8,8 +8,9 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
@@ -19,7 +20,7 @@ from quire.kv.fetch.quantised import QuantisedKeys
 from quire.kv.fetch.sentences import SentenceBuckets
 from quire.kv.fetch.sparf import LoudChannels
 from quire.kv.fetch.squeezed import SqueezedAttention
-from quire.kv.method import Facts, Recipe
+from quire.kv.method import Recipe
 from quire.kv.select.chelsea import SoftMatching
 from quire.kv.select.elastic import Anchors
 from quire.kv.select.gemfilter import GemFilter
@@ -80,7 +81,7 @@ METHODS: dict[str, Callable[..., Any]] = {
 AXES = ("select", "store", "fetch", "sparse", "shorten")
 _WORDS = ("true", "false", "none")
 _ONCE = "give it every=none."
-_PART = re.compile(r"\s*([a-z0-9_]+)\s*(?:\((.*)\))?\s*", re.DOTALL)
+_PART = re.compile(r"\s*(\w+)\s*(?:\((.*)\))?\s*", re.DOTALL)
 
 
 def parse(text: str) -> Recipe:
@@ -100,20 +101,35 @@ def _on_axis(method: Any) -> Recipe:
 
 def _make(part: str) -> Any:
     match = _PART.fullmatch(part)
-    if match is None or match[1] not in METHODS:
-        raise _invalid(f"{part.strip()!r} is not a KV method.", f"Known are {', '.join(METHODS)}.")
-    make = METHODS[match[1]]
+    if match is None:
+        raise _invalid(
+            f"{part.strip()!r} cannot be read as a KV method.",
+            "Write a recipe like snapkv(budget=1024)+kivi(bits=4).",
+        )
+    method = match[1]
+    if method not in METHODS:
+        close = get_close_matches(method.lower(), METHODS, 1)
+        meant = f"Do you mean {close[0]}? " if close else ""
+        raise _invalid(f"{method!r} is not a KV method.", f"{meant}Known are {', '.join(METHODS)}.")
+    make = METHODS[method]
     known, types = inspect.signature(make).parameters, get_type_hints(make)
     given: dict[str, Any] = {}
     for argument in filter(None, (a.strip() for a in (match[2] or "").split(","))):
-        name, _, value = (x.strip() for x in argument.partition("="))
-        if name not in known:
+        name, equals, value = (x.strip() for x in argument.partition("="))
+        if not equals:
             raise _invalid(
-                f"{match[1]} has no option {name!r}.", f"It has {', '.join(known) or 'none'}."
+                f"{argument!r} in {method} has no name.", f"Write name=value: {', '.join(known)}."
             )
+        if name not in known:
+            raise _invalid(f"{method} has no option {name!r}.", f"It has {', '.join(known)}.")
+        if name in given:
+            raise _invalid(f"{method} is given {name} twice.", "Leave one of them out.")
         kinds = get_args(types[name]) or (types[name],)
-        given[name] = _value(f"{match[1]}({name}={value})", value, kinds, known[name].default)
-    return make(**given)
+        given[name] = _value(f"{method}({name}={value})", value, kinds, known[name].default)
+    try:
+        return make(**given)
+    except InvalidRequestError as error:  # tell which of the recipe's methods it is
+        raise _invalid(f"{method}: {error.what}", error.action) from error
 
 
 def _value(place: str, text: str, kinds: tuple[type, ...], default: Any) -> Any:
@@ -126,7 +142,8 @@ def _value(place: str, text: str, kinds: tuple[type, ...], default: Any) -> Any:
         return float(value)
     if type(value) not in kinds:
         names = " or ".join("none" if kind is NoneType else kind.__name__ for kind in kinds)
-        raise _invalid(f"{place} is not {names}.", f"Default: {default}.")
+        share = " Write a share as a fraction, such as 0.25." if float in kinds else ""
+        raise _invalid(f"{place} is not {names}.", f"Default: {default}.{share}")
     return value
 
 
@@ -138,7 +155,7 @@ def _compose(recipe: Recipe, more: Recipe, part: str) -> Recipe:
         if getattr(recipe, axis) is not None:
             raise _invalid(
                 f"{part.strip()!r} cannot be added: there is a method that decides {axis} already.",
-                "Take one method for each of select, store and fetch.",
+                "Take one method an axis.",
             )
         recipe = replace(recipe, **{axis: method})
     _check_together(recipe)
@@ -165,10 +182,13 @@ def _check_together(recipe: Recipe) -> None:
         )
 
 
-def check(recipe: Recipe, facts: Facts, context: int) -> None:
-    """Raise InvalidRequestError where a recipe makes no sense for a model with that context."""
+def check(recipe: Recipe, windows: Sequence[int | None], context: int) -> None:
+    """Raise InvalidRequestError where a recipe makes no sense for a model with that context.
+
+    ``windows``: of each layer of the model, None where it sees everything.
+    """
     _check_together(recipe)
-    window = min((w for w in facts.windows if w is not None), default=context)
+    window = min((w for w in windows if w is not None), default=context)
     if recipe.select is not None and window < context:
         raise _invalid(
             f"Some layers of the model see the last {window} tokens only, and would see nothing of "
@@ -176,7 +196,7 @@ def check(recipe: Recipe, facts: Facts, context: int) -> None:
             f"Take a store or a fetch, or a context that fits the window: --context {window}.",
         )
     if recipe.shorten is not None:
-        recipe.shorten.layers(facts.layers)  # raises for a layer that the model does not have
+        recipe.shorten.layers(len(windows))  # raises for a layer that the model does not have
 
 
 def _invalid(what: str, action: str) -> InvalidRequestError:

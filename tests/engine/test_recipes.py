@@ -332,7 +332,14 @@ def test_what_saves_nothing_is_not_packed_again() -> None:
         ("h2o(budget=1.5)", "share"),
         ("h2o(every=2.0)", "int or none"),
         ("h2o(fair=1)", "bool"),
-        ("snapkv(", "snapkv"),
+        ("snapkv(", "cannot be read"),
+        ("snapkv+", "Write a recipe like"),
+        ("SnapKV", "Do you mean snapkv"),
+        ("kivy", "Do you mean kivi"),
+        ("snapkv(1024)", "'1024' in snapkv has no name"),
+        ("kivi(bits=2,bits=4)", "bits twice"),
+        ("snapkv(budget=25%)", "such as 0.25"),
+        ("snapkv(budget=64)+kivi(bits=3)", "kivi: bits=3"),
     ],
 )
 def test_what_makes_no_sense_is_refused(text: str, word: str) -> None:

@@ -14,6 +14,8 @@ import hashlib
 import json
 import mmap
 import os
+import secrets
+import time
 import warnings
 import zlib
 from collections.abc import Iterable
@@ -34,6 +36,7 @@ BLOCK = 4096  # what O_DIRECT reads is aligned to
 READERS = 2
 AHEAD = 256 << 20  # bytes read before somebody asks for them
 BEHIND = 256 << 20  # bytes waiting to be written; more are not kept
+ABANDONED = 3600  # seconds after which nobody writes a draft any more
 ROOM = 0.9  # of the limit that is left when old files have gone
 
 
@@ -83,9 +86,10 @@ class PrefixFiles:
 
     def __post_init__(self) -> None:
         self.home = self.folder / self.key
+        self._own = f".{secrets.token_hex(8)}.draft"  # process ids are the same in two containers
         try:
             self.home.mkdir(parents=True, exist_ok=True)
-            probe = self.home / f".{os.getpid()}"
+            probe = self.home / self._own
             probe.touch()
             probe.unlink()
         except OSError as error:
@@ -95,6 +99,10 @@ class PrefixFiles:
                 value=str(self.folder),
                 action="Give a folder that can be written.",
             ) from error
+        for path in self.folder.glob("*/*.draft"):  # of whoever was killed while writing
+            with suppress(OSError):
+                if time.time() - path.stat().st_mtime > ABANDONED:
+                    path.unlink()
         self._total = sum(size for _, size, _ in _files(self.folder))
         self._readers = ThreadPoolExecutor(READERS, "kv-read")
         self._writer = ThreadPoolExecutor(1, "kv-write")
@@ -189,7 +197,7 @@ class PrefixFiles:
 
     def _write(self, name: str, numbers: Tensor) -> None:
         path = self._path(name)
-        draft = path.with_suffix(f".{os.getpid()}")
+        draft = path.with_suffix(self._own)
         data = memoryview(numbers.contiguous().view(torch.uint8).numpy().reshape(-1))  # type: ignore[arg-type]
         try:
             with draft.open("wb") as stream:

@@ -64,6 +64,37 @@ def test_other_keys_see_nothing(tmp_path: Path) -> None:
     assert not files(tmp_path, "other").has(NAME)
 
 
+def test_abandoned_drafts_go(piece: Path) -> None:
+    """A killed process leaves its draft; one that is being written stays."""
+    old, new = piece.with_suffix(".1.draft"), piece.with_suffix(".2.draft")
+    for path in (old, new):
+        path.write_bytes(b"half a piece")
+    os.utime(old, (0, 0))
+    made = files(piece.parents[1])
+    assert not old.exists()
+    assert new.exists()
+    assert made.has(NAME)
+
+
+def test_two_writers_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or of one process id, in two containers: neither takes the other's draft away."""
+    first, second = files(tmp_path), files(tmp_path)
+    drafts = []
+    replace = Path.replace
+
+    def late(draft: Path, path: Path) -> Path:
+        drafts.append(draft)
+        if len(drafts) == 1:
+            second._write(NAME, numbers(32))
+        return replace(draft, path)
+
+    monkeypatch.setattr(Path, "replace", late)
+    first._write(NAME, numbers(32))
+    assert len(set(drafts)) == 2
+    assert first.dropped == second.dropped == 0
+    assert files(tmp_path).read(NAME, 32) is not None
+
+
 def test_a_pipe_of_that_name_is_no_piece(piece: Path) -> None:
     piece.unlink()
     os.mkfifo(piece)

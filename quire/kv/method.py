@@ -1,7 +1,8 @@
 """The joint of KV methods: what a method is given, and what it gives back.
 
-A method works on one of three axes. `Select` decides which entries a sequence keeps (or merges),
-`Store` how entries are represented, `Fetch` which of them a query reads. The engine knows these
+A method works on one of five axes. `Select` decides which entries a sequence keeps (or merges),
+`Store` how entries are represented, `Fetch` which of them a decoding query reads, `Sparse` which a
+prompt's chunk reads, `Shorten` which of a prompt's tokens are computed. The engine knows these
 protocols and nothing of the methods; see ``docs/kv.md``.
 
 An **entry** is a key and a value of one KV head: of one token, or of several merged into one.

@@ -226,8 +226,7 @@ def run(
     signal.signal(signal.SIGTERM, _interrupt)
     given = {name: value for name, value in locals().items() if name != "dry"}
     log: Log = (JsonLog if log_json else TextLog)(sys.stderr, log_every)
-    if log_json:
-        warnings.showwarning = lambda message, *_, **__: log.warn(str(message))
+    warnings.showwarning = lambda message, *_, **__: log.warn(str(message))
     try:
         params = SamplingParams(
             temperature=temperature,

@@ -241,6 +241,22 @@ def test_unusable_input_is_status_two(tmp_path: Path, words: list[str], message:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
+def test_warnings_are_for_people(tmp_path: Path) -> None:
+    """KV that cannot be read: a line without the place in the code that found it."""
+    prompt = "The same beginning of every prompt, again and again. " * 8
+    source = write(tmp_path / "in.jsonl", [{"prompt": prompt + str(i)} for i in range(2)])
+    words = ("run", source, "--kv-dir", tmp_path / "kv", *FAST)
+    quire(*words, "-o", tmp_path / "a.jsonl")
+    for piece in (tmp_path / "kv").glob("*/*.kv"):
+        piece.unlink()
+        piece.mkdir()
+    done = quire(*words, "-o", tmp_path / "b.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert "cannot be read: [Errno 21]" in done.stderr
+    assert "UserWarning" not in done.stderr
+
+
 @pytest.mark.parametrize("how", ["truncate-left", "truncate-right"])
 def test_overlong_prompts_are_cut(tmp_path: Path, how: str) -> None:
     source = write(tmp_path / "in.jsonl", [{"prompt": "word " * 3000}])

@@ -100,6 +100,7 @@ struct Cells {
     const uint32_t* a;               // [rows, STRIDE] units; codes of keys are u8, `a` of them s8,
                                      // and of values the other way round
     int64_t plane;                   // units from there to the second plane's
+    int64_t ahead;  // bytes to what is asked for while these cells are multiplied
 };
 
 template <int BITS, bool VALUES, int R, int C, int64_t STRIDE, class Use>
@@ -124,7 +125,10 @@ __attribute__((noinline)) void cells_block(const Cells& m, int64_t row, int64_t 
             for (int h = 0; h < BITS / 2; ++h) {
                 U raw[C];
 #pragma GCC unroll 4
-                for (int c = 0; c < C; ++c) raw[c] = load_units(at + c * m.tile + 64 * h);
+                for (int c = 0; c < C; ++c) {
+                    raw[c] = load_units(at + c * m.tile + 64 * h);
+                    if (row == 0) __builtin_prefetch(at + c * m.tile + 64 * h + m.ahead, 0, 2);
+                }
 #pragma GCC unroll 4
                 for (int j = 0; j < 8 / BITS; ++j) {
                     U codes[C];

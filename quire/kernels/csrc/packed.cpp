@@ -20,6 +20,7 @@ namespace quire::QUIRE_ISA {
 namespace {
 
 constexpr int64_t PAGES = BLOCK / PAGE;  // of a block
+constexpr int64_t AHEAD = PAGES;         // pages to those that are asked for
 constexpr int64_t STEPPED = 8 * PAGES;   // pages for which a query keeps one step of rounding
 // Distances of rows: constants, and queries' such that few rows share a line of the cache.
 constexpr int64_t QUERY = LONGEST_HEAD + WIDTH, QUERY_UNITS = LONGEST_HEAD / 4,
@@ -83,6 +84,7 @@ struct Side {
           wide(data.group / WIDTH), half(float(1 << (data.bits - 1))) {}
 
     int64_t cell() const { return 32 * data.bits; }
+    int64_t ahead() const { return AHEAD * tiles * cell(); }
     const uint8_t* page(int64_t p) const {
         return data.codes + (head * pages + p) * tiles * cell();
     }
@@ -262,7 +264,8 @@ struct PackedTask {
 
     Cells key_cells(int64_t page, int64_t first, int64_t runs) const {
         const int64_t cell = keys.cell();
-        return {keys.page(page), tiles * cell, cell, first, runs, work.rounded.data(), plane};
+        return {keys.page(page), tiles * cell, cell, first, runs, work.rounded.data(), plane,
+                keys.ahead()};
     }
 
     // Scores of pages [first, last) where scales belong to channels. Codes are taken as distances
@@ -465,7 +468,7 @@ struct PackedTask {
     Cells value_cells(int64_t page, int64_t set, int64_t first, int64_t runs) {
         const int64_t cell = values.cell();
         return {values.page(page), cell, tiles * cell, first, runs, weights_of(set, 0),
-                weights_plane()};
+                weights_plane(), values.ahead()};
     }
 
     template <int BITS> void add_values(int64_t first, int64_t last) {

@@ -19,12 +19,13 @@ namespace quire::QUIRE_ISA {
 
 namespace {
 
-constexpr int64_t PAGES = BLOCK / PAGE;  // of a block
-constexpr int64_t AHEAD = PAGES;         // pages to those that are asked for
-constexpr int64_t STEPPED = 8 * PAGES;   // pages for which a query keeps one step of rounding
+constexpr int64_t PAGES = 16;            // of a block, which is scored at once
+constexpr int64_t KEYS = PAGES * PAGE;   // of a block
+constexpr int64_t AHEAD = 8;             // pages to those that are asked for
+constexpr int64_t STEPPED = 4 * PAGES;   // pages for which a query keeps one step of rounding
 // Distances of rows: constants, and queries' such that few rows share a line of the cache.
 constexpr int64_t QUERY = LONGEST_HEAD + WIDTH, QUERY_UNITS = LONGEST_HEAD / 4,
-                  WEIGHT_UNITS = BLOCK / 4;
+                  WEIGHT_UNITS = KEYS / 4;
 
 #if defined(__AVX512BW__)
 // Queries and softmax weights that are rounded to 8 bits come from 16-bit fixed point, twice as many
@@ -117,7 +118,7 @@ struct PackedWorkspace {
     Lines<float> step, inverse;  // of the rounding of q, and 1 / step
     Lines<uint32_t> rounded;     // q in units, [planes, rows, QUERY_UNITS]
     Lines<float> fixed;          // what of the scores is the same for a group or a set of channels
-    Lines<float> scores;         // [rows, BLOCK], in units of log2 unless there is a soft cap
+    Lines<float> scores;         // [rows, KEYS], in units of log2 unless there is a soft cap
     Lines<float> best, top;      // largest scores of a block, and of all
     Lines<float> fade, share;    // what older sums are multiplied with, and a block's weights
     Lines<float> page_mass;      // [rows, PAGES], sums of weights
@@ -154,20 +155,20 @@ struct PackedTask {
         for (Lines<float>* each : {&work.step, &work.inverse, &work.fade, &work.share})
             each->assign(all_rows, 0.0f);
         work.fixed.resize(2 * all_rows * keys.sets);
-        work.scores.resize(rows * BLOCK);
+        work.scores.resize(rows * KEYS);
         work.out.assign(rows * dim, 0.0f);
         work.top.assign(all_rows, NOTHING);
         work.best.assign(all_rows, NOTHING);
         work.mass.assign(rows, splat(0));
         work.middles.assign(rows * values.sets, splat(0));
-        work.scale.resize(std::max(dim, std::max(keys.sets, values.sets) * BLOCK));
+        work.scale.resize(std::max(dim, std::max(keys.sets, values.sets) * KEYS));
         work.middle.resize(work.scale.size());
         work.page_mass.resize(rows * PAGES);
         work.rounded.assign(2 * plane, 0);
         work.most.resize(dim);
         work.shares.resize(dim);
         work.fixed_q.assign(all_rows * LONGEST_HEAD, 0);
-        work.fixed_scale.assign(std::max(LONGEST_HEAD, values.sets * BLOCK), 0);
+        work.fixed_scale.assign(std::max(LONGEST_HEAD, values.sets * KEYS), 0);
         work.fixed_middle.resize(work.fixed_scale.size());
         work.weights.resize(2 * weights_plane());
         const float unit = args.softcap > 0 ? 1 : args.scale * LOG2E;
@@ -288,7 +289,7 @@ struct PackedTask {
             float* scores = work.scores.data() + (start - first) * PAGE;
             const float *step = work.step.data(), *fixed = work.fixed.data();
             const auto put = [=](int64_t r, int64_t tile, I sums) {
-                store(scores + r * BLOCK + tile * WIDTH,
+                store(scores + r * KEYS + tile * WIDTH,
                       fma(to_float(sums), splat(step[r]), splat(fixed[r])));
             };
             multiply_cells<BITS, false, QUERY_UNITS>(key_cells(start, 0, tiles), rows, 0, stop - start,
@@ -325,7 +326,7 @@ struct PackedTask {
             const float *scale = work.scale.data(), *middle = work.middle.data();
             const float *step = work.step.data(), *fixed = &work.fixed[2 * s];
             const auto put = [=](int64_t r, int64_t tile, I sums) {
-                float* to = scores + r * BLOCK + tile * WIDTH;
+                float* to = scores + r * KEYS + tile * WIDTH;
                 const float* both = fixed + 2 * r * sets;
                 const F centred = fma(to_float(sums), splat(step[r]), splat(both[0]));
                 const F before = s > 0 ? load(to) : splat(0);
@@ -354,7 +355,7 @@ struct PackedTask {
                 if (plan.window)
                     low = std::max(low, plan.positions[task.row + r / plan.group] - read.position -
                                             plan.window + 1);
-                most[r - row] = r < rows ? largest(&work.scores[r * BLOCK], count, low - shift,
+                most[r - row] = r < rows ? largest(&work.scores[r * KEYS], count, low - shift,
                                                    last_key - shift)
                                          : splat(NOTHING);
             }
@@ -410,7 +411,7 @@ struct PackedTask {
     // such that the largest is the largest rounded weight. Returns what one unit of that is worth.
     void scale_tokens(float most, int64_t first, int64_t last, float* worth) {
         for (int64_t s = 0; s < values.sets; ++s) {
-            float *scale = &work.scale[s * BLOCK], *middle = &work.middle[s * BLOCK];
+            float *scale = &work.scale[s * KEYS], *middle = &work.middle[s * KEYS];
             F largest = splat(0);
             for (int64_t p = 0; p < PAGES; ++p) {
                 const bool there = first + p < last;
@@ -423,7 +424,7 @@ struct PackedTask {
             const float top = max_lane(largest);
             const F factor = splat(top > 0 ? most / top : 0);
             worth[s] = top / most;
-            for (int64_t i = 0; i < BLOCK; i += WIDTH) store(scale + i, load(scale + i) * factor);
+            for (int64_t i = 0; i < KEYS; i += WIDTH) store(scale + i, load(scale + i) * factor);
         }
     }
 
@@ -431,7 +432,7 @@ struct PackedTask {
     template <int BITS> void weigh(int64_t count) {
         const int64_t sets = values.sets;
         for (int64_t r = 0; r < rows; ++r) {
-            float* s = &work.scores[r * BLOCK];
+            float* s = &work.scores[r * KEYS];
             for (int64_t i = count; i < rounded_up(count, 4 * WIDTH); i += WIDTH)
                 store(s + i, splat(-INFINITY));
             const F top = splat(work.best[r]), share = splat(work.share[r]);
@@ -447,8 +448,8 @@ struct PackedTask {
                     for (int k = 0; k < 4; ++k)
                         work.page_mass[r * PAGES + i / WIDTH + k] = sum(w[k]) * work.share[r];
                 for (int64_t set = 0; set < sets; ++set) {
-                    const float *scale = &work.scale[set * BLOCK + i],
-                                *middle = &work.middle[set * BLOCK + i];
+                    const float *scale = &work.scale[set * KEYS + i],
+                                *middle = &work.middle[set * KEYS + i];
                     F low = splat(0);
                     I x[4];
 #pragma GCC unroll 4
@@ -497,8 +498,8 @@ struct PackedTask {
             }
             return;
         }
-        std::fill(work.scale.begin(), work.scale.begin() + BLOCK, most);
-        std::fill(work.middle.begin(), work.middle.begin() + BLOCK, 0.0f);
+        std::fill(work.scale.begin(), work.scale.begin() + KEYS, most);
+        std::fill(work.middle.begin(), work.middle.begin() + KEYS, 0.0f);
         weigh<BITS>(count);
         values.each_group(first, last, [&](int64_t group, int64_t start, int64_t stop) {
             for (int64_t t = 0; t < tiles; ++t) {
@@ -615,7 +616,7 @@ struct PackedTask {
             worth[s] = top / 255;
             worth[sets + s] = high / (2047 * WHOLE);
             for (int64_t p = 0; p < PAGES; p += 2) {
-                const int64_t at = values.of_tokens(s, first + p), i = s * BLOCK + p * PAGE;
+                const int64_t at = values.of_tokens(s, first + p), i = s * KEYS + p * PAGE;
                 const F none = splat(0);
                 const bool one = p < pages, two = p + 1 < pages;
                 _mm512_store_si512(
@@ -644,7 +645,7 @@ struct PackedTask {
         const int64_t chunks = rounded_up(count, 4 * WIDTH) / (4 * WIDTH);
         const int16_t *scales = work.fixed_scale.data(), *middles = work.fixed_middle.data();
         for (int64_t r = 0; r < rows; ++r) {
-            float* s = &work.scores[r * BLOCK];
+            float* s = &work.scores[r * KEYS];
             for (int64_t i = count; i < chunks * 4 * WIDTH; i += WIDTH)
                 store(s + i, splat(-INFINITY));
             const F top = splat(PER_OCTAVE * work.best[r]);
@@ -664,7 +665,7 @@ struct PackedTask {
                 }
 #pragma GCC unroll 4
                 for (int set = 0; set < SETS; ++set) {
-                    const int64_t i = (first + set) * BLOCK + 4 * c * WIDTH;
+                    const int64_t i = (first + set) * KEYS + 4 * c * WIDTH;
                     __m512i x[2];
 #pragma GCC unroll 2
                     for (int k = 0; k < 2; ++k) {

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from quire.engine.budget import Budget, make_budget, parse_bytes
+from quire.engine.budget import Budget, format_bytes, make_budget, parse_bytes
 from quire.engine.limits import Limits
+from quire.engine.prefixes import PIECE
 from quire.errors import InvalidRequestError, shown
 from quire.kv.arena import token_bytes
 from quire.kv.tiers.prefixes import Layout, PrefixFiles
@@ -87,6 +88,15 @@ class Setup:
         """
         spec = self.spec
         layout = Layout(len(spec.layers), spec.kv_heads, spec.head_dim, self.dtype)
+        least = 2 * layout.nbytes(PIECE)
+        if limit < least:
+            raise InvalidRequestError(
+                f"{format_bytes(limit)} on disk are too little: a piece of {PIECE} tokens of this "
+                f"model takes {format_bytes(layout.nbytes(PIECE))}.",
+                field="kv_disk",
+                value=str(limit),
+                action=f"Give {format_bytes(least)} or more.",
+            )
         key = digest([model_digest(self.folder).encode(), how.encode()])
         return PrefixFiles(folder.expanduser(), key, layout, limit)
 

@@ -263,7 +263,8 @@ def run(
         if dry:
             recipe = parse(kv)
             setup = Setup.make(model, **options)
-            check(recipe, [layer.window for layer in setup.spec.layers], setup.spec.context)
+            windows = [layer.window for layer in setup.spec.layers]
+            check(recipe, windows, setup.spec.context, deterministic=deterministic)
             log.start(given, setup.budget)
             parser = make_parser(job, log.warn)
             rows = (parser.read(record) for record in islice(job.records(), limit))

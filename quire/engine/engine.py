@@ -108,14 +108,7 @@ class Engine:
         self.keeper: Keeper | None = None
         if recipe is not None and not recipe.plain:
             facts = make_facts(model, tokenizer)
-            check(recipe, facts.windows, spec.context)
-            if deterministic and recipe.sparse is not None:
-                raise InvalidRequestError(
-                    "In deterministic mode prefill reads everything: what a sparse prefill reads "
-                    "depends on how a step's prompts are cut into chunks.",
-                    field="kv",
-                    action="Do without the sparse prefill, or without deterministic mode.",
-                )
+            check(recipe, facts.windows, spec.context, deterministic=deterministic)
             self.keeper = Keeper(recipe, facts, arena, self.world, self.limits.page_bytes)
             if recipe.select is not None:
                 self.world.state.stride = recipe.select.every

@@ -182,12 +182,23 @@ def _check_together(recipe: Recipe) -> None:
         )
 
 
-def check(recipe: Recipe, windows: Sequence[int | None], context: int) -> None:
+def check(
+    recipe: Recipe, windows: Sequence[int | None], context: int, *, deterministic: bool
+) -> None:
     """Raise InvalidRequestError where a recipe makes no sense for a model with that context.
 
-    ``windows``: of each layer of the model, None where it sees everything.
+    ``windows``: of each layer of the model, None where it sees everything. ``deterministic``:
+    whether a request's tokens must not depend on what it is batched with.
     """
     _check_together(recipe)
+    for axis in ("store", "fetch", "sparse"):
+        if deterministic and getattr(recipe, axis) is not None:
+            raise _invalid(
+                f"A KV method that decides {axis} works on chunks and on nodes of the prefix tree, "
+                "which other requests cut: tokens would depend on them, not so in deterministic "
+                "mode.",
+                "Take a method that selects, or do without deterministic mode.",
+            )
     window = min((w for w in windows if w is not None), default=context)
     if recipe.select is not None and window < context:
         raise _invalid(

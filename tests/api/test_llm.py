@@ -253,3 +253,9 @@ def test_structured_rows_among_others(tinystories: Path, model: str) -> None:
             assert isinstance(output.error, InvalidRequestError)
             assert output.error.field == "response_format"
             assert not output.outputs
+
+
+def test_a_folder_too_small_for_a_piece(tinystories: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequestError, match="a piece of 256 tokens") as info:
+        LLM(tinystories, kv_memory="8MiB", kv_dir=tmp_path, kv_disk="100KiB")
+    assert info.value.field == "kv_disk"

@@ -24,6 +24,7 @@ from quire.engine.engine import Engine
 from quire.engine.limits import PAGE_TOKENS
 from quire.engine.request import EngineRequest, EngineResult
 from quire.errors import InvalidRequestError
+from quire.kv import recipes
 from quire.kv.arena import token_bytes
 from quire.models.blocks import MLP
 from quire.models.decoder import Decoder
@@ -63,6 +64,7 @@ def run(
     chunk: int = 512,
     later: int | None = None,
     deterministic: bool = True,
+    kv: str = "none",
 ) -> tuple[dict[int, Answer], Engine]:
     """Run to the end. ``later``: requests after the first so many come after two steps."""
     engine = Engine(
@@ -72,6 +74,7 @@ def run(
         kv_bytes=pages * page_bytes(model),
         chunk=chunk,
         deterministic=deterministic,
+        recipe=recipes.parse(kv),
     )
     found: dict[int, EngineResult] = {}
     engine.add(requests[:later])
@@ -163,6 +166,39 @@ def test_same_bits_after_preemption(model: Decoder) -> None:
     found, engine = run(model, requests, policy="fcfs", pages=14)
     assert engine.world.counters.preemptions > 0
     assert found == alone(model, requests)
+
+
+@pytest.mark.parametrize(
+    "kv",
+    [
+        "streaming(budget=20)",
+        "snapkv(budget=24,window=8)",
+        "h2o(budget=24)",
+        "scissorhands(budget=24,window=8)",
+        "prefixkv(budget=24)",
+        "elastic(budget=24)",
+        "kvmerger(budget=24)",
+        "chelsea(budget=24)",
+        "gemfilter(layer=1,budget=24)",
+    ],
+)
+def test_same_tokens_with_a_selection(model: Decoder, kv: str) -> None:
+    requests = make_requests(5)
+    expected: dict[int, Answer] = {}
+    for request in requests:
+        expected |= run(model, [request], kv=kv)[0]
+    assert expected != alone(model, requests), "something is dropped"
+    for options in ({}, {"policy": "fcfs", "chunk": 33, "later": 2}, {"chunk": 7}):
+        found, _ = run(model, requests, kv=kv, **options)  # type: ignore[arg-type]
+        assert found == expected, options
+
+
+@pytest.mark.parametrize("kv", ["kivi", "landmarks", "pbs", "snapkv+int8"])
+def test_methods_that_see_the_tree_are_refused(model: Decoder, kv: str) -> None:
+    with pytest.raises(InvalidRequestError, match="other requests") as info:
+        run(model, make_requests(1, 1), kv=kv)
+    assert info.value.field == "kv"
+    run(model, make_requests(1, 1), kv=kv, deterministic=False)
 
 
 def test_same_bits_on_two_threads(model: Decoder) -> None:

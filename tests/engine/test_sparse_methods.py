@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,13 +13,8 @@ from test_engine import pages_needed, random_requests, run, tokens
 from test_recipes import long_request
 
 from quire import LLM, SamplingParams
-from quire.bench.shapes import make_checkpoint
-from quire.engine.engine import Engine
 from quire.engine.request import EngineRequest
-from quire.errors import InvalidRequestError
 from quire.kv.recipes import METHODS, parse
-from quire.models.loader import load_model
-from quire.schedule.policies import POLICIES
 
 EVERYTHING = [  # reads all there is
     "pbs(threshold=1.0,block=4,segment=8)",
@@ -76,13 +70,6 @@ def test_reading_little(text: str) -> None:
         assert engine.world.counters.prompt_computed >= 120 + 4 * 39
         differs += tokens(found) != tokens(exact)
     assert differs
-
-
-def test_deterministic_mode_is_refused(tmp_path: Path) -> None:
-    model = load_model(make_checkpoint("tiny", tmp_path), deterministic=True)
-    options = {"policy": POLICIES["batch"], "kv_bytes": 1 << 22, "chunk": 64}
-    with pytest.raises(InvalidRequestError, match="reads everything"):
-        Engine(model, None, deterministic=True, recipe=parse("pbs"), **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

@@ -43,6 +43,6 @@ class SinkRecent:
         budget = entries_of(self.budget, seen.prompt)
         if size <= budget:
             return None
-        sinks = min(self.sinks, budget)
+        sinks = min(self.sinks, budget - 1)  # the newest token is always kept
         kept = torch.cat([torch.arange(sinks), torch.arange(size - (budget - sinks), size)])
         return [[kept] * seen.facts.kv_heads] * seen.facts.layers

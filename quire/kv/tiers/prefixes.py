@@ -144,9 +144,21 @@ class PrefixFiles:
         self._writer.submit(self._write, name, numbers)
 
     def close(self) -> None:
-        """Wait until everything is written."""
+        """Wait until everything is written, and warn of what did not go well."""
         self._readers.shutdown(cancel_futures=True)
         self._writer.shutdown()
+        if self.damaged:
+            warnings.warn(
+                f"{self.damaged} KV files in {self.home} were damaged; what they should have held "
+                "was computed again.",
+                stacklevel=2,
+            )
+        if self.dropped:
+            warnings.warn(
+                f"{self.dropped} pieces of KV were not kept in {self.home}, since the disk was too "
+                "slow or full.",
+                stacklevel=2,
+            )
 
     def _path(self, name: str) -> Path:
         return self.home / f"{name}.kv"

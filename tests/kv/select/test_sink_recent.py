@@ -27,7 +27,7 @@ def test_first_and_newest(prompt: int, budget: float, sinks: int, every: int) ->
         last = tokens - (step + 1) % every  # when it selected last
         kept = list(range(last))
         if last > most:
-            head = min(sinks, most)
+            head = min(sinks, most - 1)
             kept = kept[:head] + kept[last - (most - head) :]
             if last > prompt:  # what was dropped before is gone
                 assert len(kept) == most

@@ -33,7 +33,7 @@ from quire.kernels import native
 from quire.kernels.kv import PAGE
 from quire.kv.arena import TiledArena
 from quire.kv.fetch.landmarks import Landmarks
-from quire.kv.method import Entries, Facts, Index, Reader
+from quire.kv.method import Asked, Entries, Facts, Index, Reader, Recipe
 from quire.kv.pages import PagePool, Segment, Span
 from quire.kv.store.packed import Codes, Format, Packed
 from quire.models.decoder import Attend
@@ -64,8 +64,9 @@ class AttentionAlone:
 
 @dataclass
 class Keeper:
-    """What the runner asks of a keeper: which segments are indexed."""
+    """What the runner asks of a keeper: what is fetched, and which segments are indexed."""
 
+    recipe: Recipe = field(default_factory=Recipe)
     found: dict[Segment, Index] = field(default_factory=dict)
 
     def indexes(self, _works: Sequence[Work]) -> dict[Segment, Index]:
@@ -166,11 +167,13 @@ class Memory:
             index = method.index(facts, layers, np.zeros(self.tokens, dtype=np.int32), _no_queries)
             assert index is not None
             found[segment] = index
-            places, _ = index.choose(0, torch.randn(1, facts.heads, facts.head_dim).bfloat16(), [])
+            q = torch.randn(1, facts.heads, facts.head_dim).bfloat16()
+            (chosen,) = method.choose(0, q, [], [Asked(0, 1, index, self.tokens)])
+            _, entries = chosen.places(self.tokens)[0].shape[1:]
             means = index.means  # type: ignore[attr-defined]
-            total += places.shape[-1] * self.entry_bytes + sum(m.nbytes for m in means)
+            total += entries * self.entry_bytes + sum(m.nbytes for m in means)
         works = [self.work(i, s) for i, s in enumerate(segments)]
-        return Way(works, Keeper(found), total)
+        return Way(works, Keeper(Recipe(fetch=method), found), total)
 
 
 def _no_queries(_layer: int) -> Tensor:

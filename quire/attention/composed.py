@@ -2,7 +2,7 @@
 
 What lies in the arena is read as ever; each stored part is read once for all of its readers, and
 the partial results of a row are merged by their log-sum-exp. With a `Fetch`, decoding rows read
-only the entries that the node's index chooses. The native kernels read packed entries as they are,
+only the entries that the method chooses. The native kernels read packed entries as they are,
 and chosen ones where they lie in the arena; `partial` defines what they compute.
 """
 
@@ -24,39 +24,40 @@ from quire.attention.segments import Item
 from quire.kernels.attention import attend_chosen
 from quire.kernels.kv import PAGE
 from quire.kv.arena import Arena, TiledArena
-from quire.kv.method import Entries, Index, Joined, Reader, join
+from quire.kv.method import Asked, Chosen, Entries, Fetch, Index, Joined, Reader, join
 from quire.kv.pages import Segment, Span
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Rows ``[row, row + rows)`` of a step read what ``index`` chooses of ``segment``.
+class Choice(Asked):
+    """Rows of a step read what is chosen of ``segment``, whose first token is at ``start``."""
 
-    Its first token is at ``start``.
-    """
-
-    row: int
-    rows: int
     segment: Segment
     start: int
-    index: Index
 
     @functools.cached_property
     def tiles(self) -> tuple[int, NDArray[np.int32]]:
         """Where the segment lies in the arena, the same for all layers; see `Segment.tiles`."""
         return self.segment.tiles(PAGE)
 
+    @functools.cached_property
+    def numbers(self) -> tuple[int, ...]:
+        """What ``FetchRead`` in kernels.h begins with; points into ``tiles``."""
+        offset, pages = self.tiles
+        return self.row, self.rows, self.entries, self.start, offset, pages.ctypes.data
+
 
 @dataclass(frozen=True)
 class Reads:
     """What a step reads beside the keys that its items see in the arena.
 
-    ``plans``: for each window, the reads of ``spans`` that the native kernels take; empty where
-    PyTorch does everything.
+    ``fetch`` answers all ``choices``. ``plans``: for each window, the reads of ``spans`` that the
+    native kernels take; empty where PyTorch does everything.
     """
 
     spans: list[SpanRead]
     choices: list[Choice]
+    fetch: Fetch | None = None
     plans: dict[int | None, list[packed.Plan]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
@@ -238,11 +239,11 @@ def arena_part(
 
 
 def reads_of(
-    items: Sequence[Item], index_of: Callable[[Segment], Index | None]
+    items: Sequence[Item], index_of: Callable[[Segment], Index | None], fetch: Fetch | None
 ) -> tuple[list[Item], Reads]:
     """The items as the arena's attention is to see them, and the reads that are left.
 
-    Of an indexed segment, a decoding row reads what the index chooses: of the stored entries where
+    Of an indexed segment, a decoding row reads what ``fetch`` chooses: of the stored entries where
     there are any, else of the arena's.
     """
     plain: list[Item] = []
@@ -261,7 +262,8 @@ def reads_of(
             shared = segment is not item.segment
             index = index_of(segment) if item.count == 1 and shared else None
             if index is not None:
-                at = chosen.get((segment, run), Choice(row, 0, segment, start, index))
+                entries = segment.packed or segment.entries
+                at = chosen.get((segment, run), Choice(row, 0, index, entries, segment, start))
                 chosen[segment, run] = replace(at, rows=row + 1 - at.row)
             if shared and (index is None or segment.stored):
                 before.append((segment, start))
@@ -275,7 +277,7 @@ def reads_of(
         for segment, (row, count) in stored.items()
         for span, kept in spans_of(segment)
     ]
-    return plain, Reads(spans, list(chosen.values()))
+    return plain, Reads(spans, list(chosen.values()), fetch)
 
 
 def add_reads(
@@ -302,22 +304,56 @@ def add_reads(
         entries = span_entries(read.span, read.kept, layer)
         seen = visible_at(positions[rows], entries, window)
         total.add(read.row, partial(q[rows], entries, scale=scale, softcap=softcap, visible=seen))
-    found = []
-    for choice in reads.choices:
-        rows = slice(choice.row, choice.row + choice.rows)
-        places, mask = choice.index.choose(layer, q[rows], readers[rows])
-        if window is not None:
-            near = positions[rows, None, None] - choice.start - places < window
-            mask = near if mask is None else mask & near
-        found.append((choice, places, mask))
+    if not reads.choices:
+        return
+    assert reads.fetch is not None
+    found = list(
+        zip(reads.choices, reads.fetch.choose(layer, q, readers, reads.choices), strict=True)
+    )
     if plans is not None and isinstance(arena, TiledArena):
         in_arena = [f for f in found if not f[0].segment.stored]
         found = [f for f in found if f[0].segment.stored]
-        _add_chosen(total, in_arena, arena, layer, q, scale=scale, softcap=softcap)
-    for choice, places, mask in found:
+        if in_arena:
+            attend_chosen(
+                _numbers(in_arena),
+                q,
+                positions,
+                arena.keys[layer],
+                arena.values[layer],
+                total.out,
+                total.lse,
+                scale,
+                softcap,
+                window,
+            )
+    for choice, chosen in found:
+        places, mask = chosen.places(choice.entries)
+        if window is not None:
+            near = positions[choice.part, None, None] - choice.start - places < window
+            mask = near if mask is None else mask & near
         entries = fetched(arena, choice.segment, choice.start, layer, places)
-        rows = slice(choice.row, choice.row + choice.rows)
-        total.add(choice.row, partial(q[rows], entries, scale=scale, softcap=softcap, visible=mask))
+        part = partial(q[choice.part], entries, scale=scale, softcap=softcap, visible=mask)
+        total.add(choice.row, part)
+
+
+def _numbers(found: Sequence[tuple[Choice, Chosen]]) -> NDArray[np.int64]:
+    """As ``FetchRead`` in kernels.h has them; points into what is ``found``."""
+    for _, chosen in found:
+        assert chosen.chunks.is_contiguous()
+        assert chosen.mask is None or chosen.mask.is_contiguous()
+    return np.array(
+        [
+            (
+                *choice.numbers,
+                chosen.chunks.data_ptr(),
+                0 if chosen.mask is None else chosen.mask.data_ptr(),
+                chosen.chunks.shape[2],
+                chosen.size,
+            )
+            for choice, chosen in found
+        ],
+        dtype=np.int64,
+    )
 
 
 def _add_packed(
@@ -335,46 +371,3 @@ def _add_packed(
     part = Partial(torch.zeros_like(total.out), torch.full_like(total.lse, -torch.inf))
     plan.add(layer, q, part.out, part.lse, scale=scale, softcap=softcap)
     total.add(0, Partial(packed.turned(part.out, plan.value_back[layer]), part.lse))
-
-
-def _add_chosen(
-    total: Partial,
-    found: Sequence[tuple[Choice, Tensor, Tensor | None]],
-    arena: TiledArena,
-    layer: int,
-    q: Tensor,
-    *,
-    scale: float,
-    softcap: float | None,
-) -> None:
-    """Merge attention over chosen entries of the arena; each at most once for a row and head."""
-    if not found:
-        return
-    reads = []
-    held = []  # what the addresses are of
-    for choice, places, mask in found:
-        places, mask = places.contiguous(), None if mask is None else mask.contiguous()
-        offset, pages = choice.tiles
-        held.append((places, mask, pages))
-        reads.append(
-            [
-                choice.row,
-                choice.rows,
-                places.data_ptr(),
-                0 if mask is None else mask.data_ptr(),
-                places.shape[-1],
-                pages.ctypes.data,
-                len(pages),
-                offset,
-            ]
-        )
-    attend_chosen(
-        np.array(reads, dtype=np.int64),
-        q,
-        arena.keys[layer],
-        arena.values[layer],
-        total.out,
-        total.lse,
-        scale,
-        softcap,
-    )

@@ -186,7 +186,8 @@ class Runner:
         """
         arena, spec = self.arena, self.model.spec
         scale, softcap = spec.scale, spec.softcap
-        plain, reads = composed.reads_of(items, index_of)
+        assert self.keeper is not None
+        plain, reads = composed.reads_of(items, index_of, self.keeper.recipe.fetch)
         tiled = isinstance(arena, TiledArena) and not self.plain
         plans = self._plans(plain, windows) if tiled else {}
         if tiled:

@@ -7,7 +7,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quire.kernels.kv import PAGE
 from quire.kernels.native import address, extension, is_bf16
 
 
@@ -50,47 +49,25 @@ def attend(
     return out
 
 
-def choose_chunks(
-    q: Tensor,
-    means: Tensor,
-    skipped: Tensor,
-    scale: float,
-    count: int,
-    run: int,
-    places: Tensor,
-) -> None:
-    """Write the entries of the ``count`` best chunks of ``run`` neighbours, ascending.
+def choose_chunks(reads: NDArray[np.int64], q: Tensor, kv_heads: int, scale: float) -> None:
+    """Write which chunks of neighbours the rows of a step read of each segment, ascending.
 
-    ``q`` ``[rows, heads, head_dim]``; ``means`` of the chunks' keys in tiles, ``[kv_heads,
-    chunks / 16, head_dim / p, 16, p]``; ``skipped`` bool ``[kv_heads, chunks]``, of which at least
-    ``count`` are False; ``places`` int64 ``[rows, kv_heads, at least count * run]``. A chunk is as
-    good as the largest share of a softmax over the chunks that a query head of its KV head gives.
+    ``q`` ``[rows, heads, head_dim]``; ``reads`` int64 ``[reads, 8]`` is explained at ``ChooseRead``
+    in kernels.h. A chunk is as good as the largest share of a softmax over the chunks that a query
+    head of its KV head gives.
     """
-    rows, heads, head_dim = q.shape
-    kv_heads, chunks = skipped.shape
+    _, heads, head_dim = q.shape
     assert q.stride(2) == 1
     assert q.stride(1) == head_dim
-    assert q.dtype == means.dtype
-    assert 0 < count <= chunks
-    assert means.shape[:3] == (kv_heads, -(-chunks // PAGE), head_dim // means.shape[4])
-    assert places.shape[:2] == (rows, kv_heads)
-    assert places.shape[2] >= count * run
-    for tensor in (means, skipped, places):
-        assert tensor.is_contiguous()
+    assert reads.ndim == 2
+    assert reads.shape[1] == 8
     extension().choose(
+        reads,
         q.data_ptr(),
         q.stride(0),
-        means.data_ptr(),
-        skipped.data_ptr(),
-        rows,
         kv_heads,
         heads // kv_heads,
         head_dim,
-        chunks,
-        count,
-        run,
-        places.data_ptr(),
-        places.shape[2],
         scale,
         is_bf16(q),
     )
@@ -99,25 +76,33 @@ def choose_chunks(
 def attend_chosen(
     reads: NDArray[np.int64],
     q: Tensor,
+    positions: Tensor,
     keys: Tensor,
     values: Tensor,
     out: Tensor,
     lse: Tensor,
     scale: float,
     softcap: float | None,
+    window: int | None,
 ) -> None:
     """Merge attention over chosen entries of one layer's tiles into ``out`` and ``lse``.
 
-    ``reads`` int64 ``[reads, 8]`` is explained at ``FetchRead`` in kernels.h; the rest as in
-    `attend_packed`, which see.
+    ``reads`` int64 ``[reads, 10]`` is explained at ``FetchRead`` in kernels.h; rows stand at
+    ``positions`` int64 ``[rows]``; the rest as in `attend_packed`, which see.
     """
     _check_results(q, out, lse)
     assert q.dtype == keys.dtype
+    assert reads.ndim == 2
+    assert reads.shape[1] == 10
+    assert positions.shape == (len(q),)
+    assert positions.dtype == torch.int64
+    assert positions.is_contiguous()
     kv_heads = keys.shape[1]
     extension().attend_chosen(
         reads,
         q.data_ptr(),
         q.stride(0),
+        positions.data_ptr(),
         out.data_ptr(),
         lse.data_ptr(),
         keys.data_ptr(),
@@ -125,6 +110,7 @@ def attend_chosen(
         kv_heads,
         q.shape[1] // kv_heads,
         q.shape[2],
+        window or 0,
         scale,
         softcap or 0.0,
         is_bf16(q),

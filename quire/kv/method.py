@@ -392,15 +392,51 @@ class Index(Protocol):
         """Bytes held in RAM."""
         ...
 
-    def choose(
-        self, layer: int, q: Tensor, readers: Sequence[Reader]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Which entries the rows ``q`` ``[rows, heads, head_dim]`` (rotated, unscaled) read.
 
-        Returns int64 ``[rows, kv_heads, k]`` and, where some rows or heads read fewer than k, a
-        bool mask of the same shape that is True for what is read.
+@dataclass(frozen=True)
+class Asked:
+    """Rows ``[row, row + rows)`` of a step read a node of ``entries``, which has ``index``."""
+
+    row: int
+    rows: int
+    index: Any
+    entries: int
+
+    @property
+    def part(self) -> slice:
+        """The rows."""
+        return slice(self.row, self.row + self.rows)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What rows read of a node: for each row and KV head some chunks, none of them twice.
+
+    Chunk c is the node's entries ``[c * size, (c + 1) * size)``, as far as there are any; with
+    ``size`` 1 it is entry c. ``chunks`` int64 ``[rows, kv_heads, k]``. ``mask``, bool of the same
+    shape, is True for what is read, where some rows or heads read fewer than k; None: all are. Both
+    are contiguous.
+    """
+
+    chunks: Tensor
+    size: int = 1
+    mask: Tensor | None = None
+
+    def places(self, entries: int) -> tuple[Tensor, Tensor | None]:
+        """Single entries, int64 ``[rows, kv_heads, k * size]``, and their mask.
+
+        ``entries``: of the node.
         """
-        ...
+        if self.size == 1:
+            return self.chunks, self.mask
+        first = (self.chunks * self.size)[..., None]
+        places = first + torch.arange(self.size, device=first.device)
+        there = (places < entries) | (first >= entries)  # what is nowhere is not to be hidden
+        if self.mask is not None:
+            there = there & self.mask[..., None]
+        elif bool(there.all()):
+            return places.flatten(-2), None
+        return places.where(there, first).flatten(-2), there.flatten(-2)
 
 
 class Fetch(Protocol):
@@ -427,6 +463,15 @@ class Fetch(Protocol):
         counted as entries' positions are. ``queries(layer)``: the node's last ``window`` rotated
         queries ``[w, heads, head_dim]``; fewer if it is shorter, and none at all if a later prompt
         has cut the node in two or its KV comes from a file.
+        """
+        ...
+
+    def choose(
+        self, layer: int, q: Tensor, readers: Sequence[Reader], asked: Sequence[Asked]
+    ) -> list[Chosen]:
+        """What a step's rows read, of each that is ``asked``: of all nodes in one call a layer.
+
+        ``q`` ``[rows, heads, head_dim]`` (rotated, unscaled) and ``readers`` are the whole step's.
         """
         ...
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from quire.attention.composed import Choice, Partial, Reads
 from quire.attention.native import Shape
 from quire.kernels.kv import PAGE
 from quire.kv.arena import TiledArena
+from quire.kv.method import Asked, Chosen, Reader
 from quire.kv.pages import PagePool, Segment
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.03}
@@ -29,16 +30,18 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 ISAS = pytest.mark.usefixtures("isa")
 
 
-@dataclass
 class Given:
-    """An index that has chosen already."""
+    """A fetch whose indexes are what is chosen."""
 
-    places: Tensor
-    mask: Tensor | None
-    nbytes: int = 0
+    window = 0
 
-    def choose(self, *_: object) -> tuple[Tensor, Tensor | None]:
-        return self.places, self.mask
+    def index(self, *_: object) -> None:
+        raise AssertionError("nothing is indexed here")
+
+    def choose(
+        self, _layer: int, _q: Tensor, _readers: Sequence[Reader], asked: Sequence[Asked]
+    ) -> list[Chosen]:
+        return [a.index for a in asked]
 
 
 class Case:
@@ -74,26 +77,29 @@ class Case:
         segment = self.segment(length)
         if self.rng.random() < 0.5 and length > 20:
             self.pool.cut(segment, self.rng.randrange(1, 9))  # begins within a page
-        starts = (segment.entries - count % run) // run
-        picked = torch.stack(
-            [torch.randperm(starts)[: count // run] for _ in range(rows * self.kv_heads)]
+        starts = -(-segment.entries // run)
+        chunks = torch.stack(
+            [torch.randperm(starts)[: -(-count // run)] for _ in range(rows * self.kv_heads)]
         )
-        places = (picked[..., None] * run + torch.arange(run)).flatten(1)
-        places = places.view(rows, self.kv_heads, -1)
-        mask = torch.rand(places.shape) < 0.7 if masked else None
-        self.choices.append(Choice(row, rows, segment, 0, Given(places, mask)))
+        chunks = chunks.view(rows, self.kv_heads, -1)
+        mask = torch.rand(chunks.shape) < 0.7 if masked else None
+        given = Chosen(chunks, run, mask)
+        start = self.rng.randrange(40)
+        self.choices.append(Choice(row, rows, given, segment.entries, segment, start))
 
-    def compare(self, rows: int, softcap: float | None = None) -> None:
+    def compare(
+        self, rows: int, softcap: float | None = None, window: int | None = None, at: int = 5000
+    ) -> None:
         q = torch.randn(rows, self.shape.heads, self.shape.head_dim + 8).to(self.dtype)
         q = q.flatten(1)[:, : self.shape.heads * self.shape.head_dim].unflatten(
             1, (self.shape.heads, -1)
         )
-        positions = torch.full((rows,), 5000)
+        positions = at + torch.arange(rows)
         found = []
         for native in (True, False):
-            reads = Reads([], self.choices)
+            reads = Reads([], self.choices, Given())
             if native:
-                reads = reads.planned(self.shape, {None}, positions.numpy())
+                reads = reads.planned(self.shape, {window}, positions.numpy())
             generator = torch.Generator().manual_seed(1)
             total = Partial(
                 torch.randn(q.shape, generator=generator),
@@ -109,7 +115,7 @@ class Case:
                 [],
                 scale=0.2,
                 softcap=softcap,
-                window=None,
+                window=window,
             )
             found.append(total)
         for a, b in ((found[0].out, found[1].out), (found[0].lse, found[1].lse)):
@@ -118,7 +124,7 @@ class Case:
 
 @ISAS
 @DTYPES
-@pytest.mark.parametrize("run", [1, 2, 8, 16, 24])
+@pytest.mark.parametrize("run", [1, 2, 3, 8, 16, 24, 40])
 @pytest.mark.parametrize("masked", [False, True])
 def test_runs_of_neighbours(dtype: torch.dtype, run: int, masked: bool) -> None:
     case = Case(run, dtype)
@@ -161,19 +167,42 @@ def test_few_entries(entries: int) -> None:
 def test_nothing_chosen() -> None:
     case = Case(0, torch.float32)
     case.choose(0, 2, 50, 16, 8)
-    given = case.choices[0].index
-    assert isinstance(given, Given)
-    given.mask = torch.zeros(given.places.shape, dtype=torch.bool)
+    case.choose(0, 2, 50, 16, 8, masked=True)
+    case.choices[1].index.mask.fill_(False)
+    case.compare(2)
+    del case.choices[0]
     case.compare(2)
 
 
 @ISAS
-@pytest.mark.parametrize("wrong", [-9, 900])
-def test_entries_that_are_not_there(wrong: int) -> None:
+@DTYPES
+@pytest.mark.parametrize("run", [1, 5, 8, 16])
+@pytest.mark.parametrize("window", [1, 30, 333, 2000])
+def test_windows(dtype: torch.dtype, run: int, window: int) -> None:
+    """Which begin within chunks, see everything, or nothing."""
+    case = Case(window + run, dtype)
+    case.choose(0, 3, 500, 200, run)
+    case.choose(2, 2, 90, 40, run, masked=True)
+    case.compare(5, window=window, at=510)
+
+
+@ISAS
+@DTYPES
+def test_everything_in_whole_pages(dtype: torch.dtype) -> None:
+    """And with every other half left out, so that no page is whole."""
+    case = Case(5, dtype)
+    segment = case.segment(333)
+    for step, size in ((1, PAGE), (2, PAGE // 2)):
+        chunks = torch.arange(0, -(-333 // size), step).expand(2, case.kv_heads, -1).contiguous()
+        case.choices = [Choice(1, 2, Chosen(chunks, size), 333, segment, 0)]
+        case.compare(4)
+
+
+@ISAS
+@pytest.mark.parametrize("wrong", [-9, 8, 900])
+def test_chunks_that_are_not_there(wrong: int) -> None:
     case = Case(0, torch.float32)
     case.choose(0, 1, 64, 16, 8)
-    given = case.choices[0].index
-    assert isinstance(given, Given)
-    given.places[0, 1, 3] = wrong
+    case.choices[0].index.chunks[0, 1, 1] = wrong
     with pytest.raises(IndexError, match="not in its segment"):
         case.compare(1)

@@ -19,7 +19,7 @@ from quire.decode.params import SamplingParams
 from quire.engine.engine import Engine
 from quire.engine.request import EngineRequest, EngineResult
 from quire.errors import InvalidRequestError
-from quire.kv.method import Entries, Facts, Plain, Reader, Recipe, Seen
+from quire.kv.method import Asked, Chosen, Entries, Facts, Plain, Reader, Recipe, Seen
 from quire.kv.recipes import parse
 from quire.kv.select.h2o import HeavyHitters
 from quire.kv.select.kvmerger import SimilarRuns
@@ -107,20 +107,25 @@ class FetchAll:
         assert len(queries(0)) <= 3
         return self.All(len(layers(facts.layers - 1)), facts.kv_heads)
 
+    def choose(
+        self, layer: int, q: Tensor, readers: Sequence[Reader], asked: Sequence[Asked]
+    ) -> list[Chosen]:
+        assert len(readers) == len(q)
+        found = []
+        for a in asked:
+            assert a.entries == a.index.entries
+            places = torch.arange(a.entries + 2).flip(0).clamp(max=a.entries - 1)
+            mask = torch.arange(a.entries + 2).flip(0) < a.entries
+            shape = (a.rows, a.index.kv_heads, -1)
+            given = (x.expand(shape).contiguous() for x in (places, mask))
+            found.append(Chosen(next(given), mask=next(given)))
+        return found
+
     @dataclass(frozen=True)
     class All:
         entries: int
         kv_heads: int
         nbytes: ClassVar[int] = 0
-
-        def choose(
-            self, layer: int, q: Tensor, readers: Sequence[Reader]
-        ) -> tuple[Tensor, Tensor | None]:
-            assert len(readers) == len(q)
-            places = torch.arange(self.entries + 2).flip(0).clamp(max=self.entries - 1)
-            mask = torch.arange(self.entries + 2).flip(0) < self.entries
-            shape = (len(q), self.kv_heads, -1)
-            return places.expand(shape), mask.expand(shape)
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from quire.bench.kv.forced import Forced, Script, Span
 from quire.bench.kv.memory import Held, measure_held
-from quire.kv.method import Entries, Facts, Fetch, Index, Reader, Recipe
+from quire.kv.method import Asked, Chosen, Entries, Facts, Fetch, Index, Reader, Recipe
 from quire.kv.tree import Tokens
 
 OUTPUT = 32  # tokens that each sequence decodes
@@ -33,7 +33,7 @@ class Cost:
 
 @dataclass
 class Counting:
-    """A `Fetch` that counts how many entries its indexes choose, and of how many."""
+    """A `Fetch` that counts how many entries it chooses, and of how many."""
 
     fetch: Fetch
     chosen: int = 0
@@ -52,31 +52,18 @@ class Counting:
         queries: Callable[[int], Tensor],
     ) -> Index | None:
         """See `Fetch.index`."""
-        found = self.fetch.index(facts, layers, tokens, queries)
-        return None if found is None else CountingIndex(found, self, len(layers(0)))
-
-
-@dataclass
-class CountingIndex:
-    """An `Index` of ``entries`` that counts for ``total``."""
-
-    inner: Index
-    total: Counting = field(repr=False)
-    entries: int
-
-    @property
-    def nbytes(self) -> int:
-        """See `Index.nbytes`."""
-        return self.inner.nbytes
+        return self.fetch.index(facts, layers, tokens, queries)
 
     def choose(
-        self, layer: int, q: Tensor, readers: Sequence[Reader]
-    ) -> tuple[Tensor, Tensor | None]:
-        """See `Index.choose`."""
-        places, mask = self.inner.choose(layer, q, readers)
-        self.total.chosen += places.numel() if mask is None else int(mask.sum())
-        self.total.offered += places.shape[0] * places.shape[1] * self.entries
-        return places, mask
+        self, layer: int, q: Tensor, readers: Sequence[Reader], asked: Sequence[Asked]
+    ) -> list[Chosen]:
+        """See `Fetch.choose`."""
+        found = self.fetch.choose(layer, q, readers, asked)
+        for a, chosen in zip(asked, found, strict=True):
+            places, mask = chosen.places(a.entries)
+            self.chosen += places.numel() if mask is None else int(mask.sum())
+            self.offered += places.shape[0] * places.shape[1] * a.entries
+        return found
 
 
 def measure_cost(

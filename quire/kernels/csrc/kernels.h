@@ -55,39 +55,46 @@ struct AttentionArgs {
     bool bf16;
 };
 
-// Row i of [row, row + rows) reads of KV head h the entries index[i, h, :count] of a segment, each at
-// most once: those with a mask of 1, or all. Entry j is in slot `offset + j` of the segment's pages.
+// Row i of [row, row + rows) reads of KV head h the chunks [i, h, :count] of a segment, each at most
+// once: those with a mask of 1, or all. Chunk c is the entries [c * size, (c + 1) * size), as far as
+// there are any; entry j stands at `position + j`, in slot `offset + j` of the segment's pages.
 struct FetchRead {
-    int64_t row, rows;
-    const int64_t* index;  // [rows, kv_heads, count]
-    const uint8_t* mask;   // as index, or null
-    int64_t count;
-    const int32_t* page;   // [pages]
-    int64_t pages, offset;
+    int64_t row, rows, entries, position, offset;
+    const int32_t* page;
+    const int64_t* chunks;  // [rows, kv_heads, count]
+    const uint8_t* mask;    // as chunks, or null
+    int64_t count, size;
 };
 
 struct FetchArgs {
     std::vector<FetchRead> reads;
     const void* q;  // as in AttentionArgs
     int64_t q_stride;
+    const int64_t* positions;  // [tokens]
     float* out;  // [tokens, heads, head_dim], normalised
     float* lse;  // [tokens, heads]; what is read is merged into both
     const void *keys, *values;  // as in AttentionArgs
-    int64_t kv_heads, group, head_dim;
+    int64_t kv_heads, group, head_dim, window;
     float scale, softcap;
     bool bf16;
 };
 
-// For each row and KV head the `count` chunks of `run` neighbours whose means fit best: the places of
-// their entries, ascending.
+// Of a segment's `all` chunks, the first `known` have a mean. Rows [row, row + rows) read of each KV
+// head `count` of these, those that every query reads and those whose means fit best; and all after
+// them. Their numbers are written, ascending.
+struct ChooseRead {
+    int64_t row, rows;
+    const void* means;      // [kv_heads, known / 16, head_dim / pack, 16, pack], rounded up
+    const uint8_t* always;  // [kv_heads, known], at most `count` for a head
+    int64_t known, all, count;
+    int64_t* chunks;  // [rows, kv_heads, count + all - known]
+};
+
 struct ChooseArgs {
-    const void* q;  // [rows, heads, head_dim], rows `q_stride` apart
+    std::vector<ChooseRead> reads;
+    const void* q;  // as in AttentionArgs
     int64_t q_stride;
-    const void* means;       // [kv_heads, chunks / 16, head_dim / pack, 16, pack], rounded up
-    const uint8_t* skipped;  // [kv_heads, chunks] 1: never chosen
-    int64_t rows, kv_heads, group, head_dim, chunks, count, run;
-    int64_t* places;  // [rows, kv_heads, stride], of which the first count * run are written
-    int64_t stride;
+    int64_t kv_heads, group, head_dim;
     float scale;
     bool bf16;
 };
@@ -208,7 +215,7 @@ struct Kernels {
     const char* name;
     void (*attend)(const AttentionArgs&);
     void (*choose)(const ChooseArgs&);
-    bool (*attend_chosen)(const FetchArgs&);  // false: an entry is not in its segment
+    bool (*attend_chosen)(const FetchArgs&);  // false: a chunk is not in its segment
     void (*attend_packed)(const PackedArgs&);
     void (*rotate_append)(const RotateArgs&);
     void (*read_slots)(const ReadArgs&);

@@ -100,30 +100,38 @@ void attend(const AttentionPlan& plan, int64_t layer, uintptr_t q, int64_t q_str
                     layer, scale, softcap, scratch.data(), at<float>(lse), bf16});
 }
 
-void choose(uintptr_t q, int64_t q_stride, uintptr_t means, uintptr_t skipped, int64_t rows,
-            int64_t kv_heads, int64_t group, int64_t head_dim, int64_t chunks, int64_t count,
-            int64_t run, uintptr_t places, int64_t stride, float scale, bool bf16) {
-    active->choose({at<void>(q), q_stride, at<void>(means), at<uint8_t>(skipped), rows, kv_heads,
-                    group, head_dim, chunks, count, run, at<int64_t>(places), stride, scale, bf16});
-}
-
-// `reads` [reads, 8]: the members of a FetchRead.
-void attend_chosen(Ints reads, uintptr_t q, int64_t q_stride, uintptr_t out, uintptr_t lse,
-                   uintptr_t keys, uintptr_t values, int64_t kv_heads, int64_t group,
-                   int64_t head_dim, float scale, float softcap, bool bf16) {
-    FetchArgs args{{}, at<void>(q), q_stride, at<float>(out), at<float>(lse), at<void>(keys),
-                   at<void>(values), kv_heads, group, head_dim, scale, softcap, bf16};
+// `reads` [reads, 8]: the members of a ChooseRead.
+void choose(Ints reads, uintptr_t q, int64_t q_stride, int64_t kv_heads, int64_t group,
+            int64_t head_dim, float scale, bool bf16) {
+    ChooseArgs args{{}, at<void>(q), q_stride, kv_heads, group, head_dim, scale, bf16};
     for (size_t i = 0; i < reads.shape(0); ++i) {
         const int64_t* r = reads.data() + i * 8;
-        args.reads.push_back({r[0], r[1], at<int64_t>(r[2]), at<uint8_t>(r[3]), r[4],
-                              at<int32_t>(r[5]), r[6], r[7]});
+        args.reads.push_back({r[0], r[1], at<void>(r[2]), at<uint8_t>(r[3]), r[4], r[5], r[6],
+                              at<int64_t>(r[7])});
+    }
+    nb::gil_scoped_release free;
+    active->choose(args);
+}
+
+// `reads` [reads, 10]: the members of a FetchRead.
+void attend_chosen(Ints reads, uintptr_t q, int64_t q_stride, uintptr_t positions, uintptr_t out,
+                   uintptr_t lse, uintptr_t keys, uintptr_t values, int64_t kv_heads,
+                   int64_t group, int64_t head_dim, int64_t window, float scale, float softcap,
+                   bool bf16) {
+    FetchArgs args{{}, at<void>(q), q_stride, at<int64_t>(positions), at<float>(out),
+                   at<float>(lse), at<void>(keys), at<void>(values), kv_heads, group, head_dim,
+                   window, scale, softcap, bf16};
+    for (size_t i = 0; i < reads.shape(0); ++i) {
+        const int64_t* r = reads.data() + i * 10;
+        args.reads.push_back({r[0], r[1], r[2], r[3], r[4], at<int32_t>(r[5]), at<int64_t>(r[6]),
+                              at<uint8_t>(r[7]), r[8], r[9]});
     }
     bool inside;
     {
         nb::gil_scoped_release free;
         inside = active->attend_chosen(args);
     }
-    if (!inside) throw std::out_of_range("an index chose an entry that is not in its segment");
+    if (!inside) throw std::out_of_range("an index chose a chunk that is not in its segment");
 }
 
 // `reads` [reads, 6]: row, rows, source, first entry, entries, position of the first; `sources`
@@ -318,7 +326,7 @@ NB_MODULE(_native, m) {
     m.def("make_packed_plan", make_packed_plan, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
           nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
     m.def("attend", attend, free);
-    m.def("choose", choose, free);
+    m.def("choose", choose);
     m.def("attend_chosen", attend_chosen);
     m.def("attend_packed", attend_packed, free);
     m.def("rotate_append", rotate_append, free);

@@ -20,12 +20,15 @@ namespace quire::QUIRE_ISA {
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 constexpr int LANES = 16;   // floats in a register
 constexpr int MAX_ROWS = 6, MAX_TILES = 4;  // of a register block of `product`
+constexpr int GROUP_ROWS = 4;               // of one for the query heads of a KV head
 #elif defined(__AVX2__)
 constexpr int LANES = 8;
 constexpr int MAX_ROWS = 3, MAX_TILES = 2;
+constexpr int GROUP_ROWS = MAX_ROWS;
 #else
 constexpr int LANES = 4;
 constexpr int MAX_ROWS = 2, MAX_TILES = 1;
+constexpr int GROUP_ROWS = MAX_ROWS;
 #endif
 constexpr int WIDTH = 16;
 constexpr int PARTS = WIDTH / LANES;
@@ -140,6 +143,21 @@ template <class Both> QUIRE_INLINE void fold_rows(const F* x, float* to, const B
 #else
     for (int r = 0; r < 8; ++r) to[r] = fold(x[r], both);
 #endif
+}
+
+// `other` in every lane whose bit in `lanes` is 0.
+QUIRE_INLINE F only(uint32_t lanes, F x, float other) {
+    F r;
+#if defined(__AVX512F__)
+    r.part[0] = (NativeF)_mm512_mask_mov_ps(_mm512_set1_ps(other), __mmask16(lanes),
+                                            (__m512)x.part[0]);
+#else
+    NativeI bit;
+    for (int i = 0; i < LANES; ++i) bit[i] = 1 << i;
+    QUIRE_EACH r.part[p] =
+        (bit & int32_t(lanes >> p * LANES)) != 0 ? x.part[p] : NativeF{} + other;
+#endif
+    return r;
 }
 
 // bfloat16 is the upper half of a float.
@@ -369,6 +387,14 @@ struct Int8 {  // unsigned rows times signed columns
 struct HalfRows {
     const uint32_t *low, *high;
 };
+// Rows that ask for the memory of others, which are multiplied later: a line for each that is read,
+// so that no more are under way than the processor can wait for.
+struct AskingRows {
+    const uint32_t *at, *next;
+};
+struct AskingHalfRows {
+    HalfRows at, next;
+};
 QUIRE_INLINE U tile_row(const uint32_t* at, int64_t offset) { return load_units(at + offset); }
 QUIRE_INLINE U tile_row(HalfRows at, int64_t offset) {
     U r;
@@ -382,6 +408,15 @@ QUIRE_INLINE U tile_row(HalfRows at, int64_t offset) {
     std::memcpy(reinterpret_cast<char*>(&r) + sizeof r / 2, at.high + offset, sizeof r / 2);
 #endif
     return r;
+}
+QUIRE_INLINE U tile_row(AskingRows rows, int64_t offset) {
+    __builtin_prefetch(rows.next + offset, 0, 2);
+    return tile_row(rows.at, offset);
+}
+QUIRE_INLINE U tile_row(AskingHalfRows rows, int64_t offset) {
+    __builtin_prefetch(rows.next.low + offset, 0, 2);
+    __builtin_prefetch(rows.next.high + offset, 0, 2);
+    return tile_row(rows.at, offset);
 }
 
 // out[rows, tiles * 16] (+)= a[rows, runs * steps units] * b, for any number of rows and tiles.
@@ -421,7 +456,7 @@ __attribute__((noinline)) void product_block(
         for (int c = 0; c < C; ++c) store(out + r * out_stride + c * WIDTH, acc[r][c]);
 }
 
-template <class E, int C, int R = MAX_ROWS, class... Args>
+template <class E, int C, int R, class... Args>
 QUIRE_INLINE void product_rows(int64_t rows, const Args&... args) {
     if constexpr (R > 1) {
         if (rows < R) return product_rows<E, C, R - 1>(rows, args...);
@@ -429,27 +464,36 @@ QUIRE_INLINE void product_rows(int64_t rows, const Args&... args) {
     product_block<E, R, C>(args...);
 }
 
-template <class E, int C = MAX_TILES, class... Args>
+template <class E, int C, int R, class... Args>
 QUIRE_INLINE void product_tiles(int64_t tiles, int64_t rows, typename E::Out* out,
                                 int64_t out_stride, const uint32_t* a, int64_t a_stride,
                                 const Args&... args) {
     if constexpr (C > 1) {
         if (tiles < C)
-            return product_tiles<E, C - 1>(tiles, rows, out, out_stride, a, a_stride, args...);
+            return product_tiles<E, C - 1, R>(tiles, rows, out, out_stride, a, a_stride, args...);
     }
-    for (int64_t r = 0; r < rows; r += MAX_ROWS)
-        product_rows<E, C>(rows - r, out + r * out_stride, out_stride, a + r * a_stride, a_stride,
-                           args...);
+    for (int64_t r = 0; r < rows; r += R)
+        product_rows<E, C, R>(rows - r, out + r * out_stride, out_stride, a + r * a_stride,
+                              a_stride, args...);
 }
 
-template <class E, class B>
+// At most `R` rows are multiplied at once.
+template <class E, int R = MAX_ROWS, class B>
 void product(typename E::Out* out, int64_t out_stride, const void* a, int64_t a_stride, const B& b,
              int64_t rows, int64_t tiles, int64_t runs, int64_t steps, int64_t step_stride,
              bool accumulate) {
     for (int64_t c = 0; c < tiles; c += MAX_TILES)
-        product_tiles<E>(tiles - c, rows, out + c * WIDTH, out_stride,
-                         static_cast<const uint32_t*>(a), a_stride, c, b, runs, steps, step_stride,
-                         accumulate);
+        product_tiles<E, MAX_TILES, R>(tiles - c, rows, out + c * WIDTH, out_stride,
+                                       static_cast<const uint32_t*>(a), a_stride, c, b, runs,
+                                       steps, step_stride, accumulate);
+}
+
+// The same for the query heads of one KV head, of which there are often 4 or 8. Two passes of 4 rows
+// over `b` wait less for memory than one of 6 and one of 2.
+template <class E, class... Args>
+void product_of_group(typename E::Out* out, int64_t out_stride, const void* a, int64_t a_stride,
+                      const Args&... args) {
+    product<E, GROUP_ROWS>(out, out_stride, a, a_stride, args...);
 }
 
 }  // namespace quire::QUIRE_ISA

@@ -1,11 +1,11 @@
-"""From what is worth reading to the places that an `Index` chooses."""
+"""From what is worth reading to the places that are chosen."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from quire.kv.method import Entries
+from quire.kv.method import Chosen, Entries
 
 
 def held(entries: Entries) -> Tensor:
@@ -15,16 +15,16 @@ def held(entries: Entries) -> Tensor:
     return torch.full((len(entries.keys),), len(entries))
 
 
-def listed(read: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What is True in ``read`` ``[rows, kv_heads, n]`` as ascending places and a mask.
+def listed(read: Tensor) -> Chosen:
+    """What is True in ``read`` ``[rows, kv_heads, n]`` as single entries, ascending.
 
-    See `Index.choose`; there is no mask where every row and head reads as many.
+    There is no mask where every row and head reads as many.
     """
     counts = read.sum(-1)
     longest = max(1, int(counts.max()))
     mask = torch.arange(longest) < counts[..., None]
     places = torch.zeros(mask.shape, dtype=torch.int64).masked_scatter_(mask, read.nonzero()[:, 2])
-    return places, None if bool((counts == longest).all()) else mask
+    return Chosen(places, mask=None if bool((counts == longest).all()) else mask)
 
 
 def largest(scores: Tensor, count: int) -> Tensor:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from quire.kernels import native
 from quire.kernels.attention import choose_chunks
 from quire.kernels.kv import PAGE
-from quire.kv.method import Entries, Facts, Index, Reader
+from quire.kv.method import Asked, Chosen, Entries, Facts, Index, Reader
 from quire.kv.options import check_sizes
 from quire.kv.tree import Tokens
 
@@ -46,20 +48,37 @@ class Landmarks:
     ) -> Index | None:
         """See `Fetch.index`."""
         entries = len(layers(0))
-        chunks = entries // self.chunk - self.local
-        if chunks * self.chunk <= self.budget + self.outliers * self.chunk:
+        known = entries // self.chunk - self.local
+        if known * self.chunk <= self.budget + self.outliers * self.chunk:
             return None
-        means, skipped, always = [], [], []
-        inside = torch.arange(self.chunk)
-        local = torch.arange(chunks * self.chunk, entries).expand(facts.kv_heads, -1)
+        means, always = [], []
         for layer in range(facts.layers):
-            keys = layers(layer).keys[:, : chunks * self.chunk]
-            mean, odd = summary(keys, self.chunk, self.outliers)
+            mean, odd = summary(
+                layers(layer).keys[:, : known * self.chunk], self.chunk, self.outliers
+            )
             means.append(_tiled(mean.to(facts.dtype)))
-            skipped.append(torch.zeros(mean.shape[:2], dtype=torch.bool).scatter_(1, odd, True))
-            places = (odd[..., None] * self.chunk + inside).flatten(1)
-            always.append(torch.cat([places, local], dim=1))
-        return Chunks(self, facts, tuple(means), tuple(skipped), tuple(always))
+            always.append(torch.zeros(mean.shape[:2], dtype=torch.bool).scatter_(1, odd, True))
+        return Chunks(tuple(means), tuple(always), -(-entries // self.chunk), facts.scale)
+
+    def choose(
+        self, layer: int, q: Tensor, readers: Sequence[Reader], asked: Sequence[Asked]
+    ) -> list[Chosen]:
+        """See `Fetch.choose`."""
+        count = self.budget // self.chunk + self.outliers
+        if not (asked and native.fits(q)):
+            return [Chosen(a.index.choose(layer, q[a.part], count), self.chunk) for a in asked]
+        found, reads = [], []
+        for a in asked:
+            index: Chunks = a.index
+            kv_heads, known = index.always[layer].shape
+            assert index.means[layer].dtype == q.dtype
+            local = index.all - known
+            chunks = torch.empty(a.rows, kv_heads, count + local, dtype=torch.int64)
+            found.append(Chosen(chunks, self.chunk))
+            numbers = (*index.addresses[layer], known, index.all, count, chunks.data_ptr())
+            reads.append((a.row, a.rows, *numbers))
+        choose_chunks(np.array(reads, dtype=np.int64), q, kv_heads, index.scale)
+        return found
 
 
 def summary(keys: Tensor, chunk: int, outliers: int) -> tuple[Tensor, Tensor]:
@@ -84,45 +103,41 @@ def _tiled(means: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Chunks:
-    """The landmarks of one segment. Lists have one tensor a layer.
+    """The landmarks of one segment of ``all`` chunks, the last of which may be shorter.
 
-    ``means``: tiles ``[kv_heads, chunks / 16, head_dim / p, 16, p]``; ``skipped`` bool ``[kv_heads,
-    chunks]``: outliers; ``always`` int64 ``[kv_heads, n]``: entries that every query reads.
+    Lists have one tensor a layer. ``means``: tiles ``[kv_heads, chunks / 16, head_dim / p, 16, p]``
+    of all but the last ``local`` chunks; ``always`` bool ``[kv_heads, chunks]``: which of these are
+    outliers.
     """
 
-    method: Landmarks
-    facts: Facts
     means: tuple[Tensor, ...]
-    skipped: tuple[Tensor, ...]
     always: tuple[Tensor, ...]
+    all: int
+    scale: float
 
     @property
     def nbytes(self) -> int:
         """Bytes held in RAM."""
-        return sum(x.nbytes for x in (*self.means, *self.skipped, *self.always))
+        return sum(x.nbytes for x in (*self.means, *self.always))
 
-    def choose(
-        self, layer: int, q: Tensor, readers: Sequence[Reader]
-    ) -> tuple[Tensor, Tensor | None]:
-        """See `Index.choose`."""
-        count, run = self.method.budget // self.method.chunk, self.method.chunk
+    @functools.cached_property
+    def addresses(self) -> list[tuple[int, int]]:
+        """Where each layer's tensors lie."""
+        both = zip(self.means, self.always, strict=True)
+        return [(means.data_ptr(), always.data_ptr()) for means, always in both]
+
+    def choose(self, layer: int, q: Tensor, count: int) -> Tensor:
+        """Chunks that the rows ``q`` read, int64 ``[rows, kv_heads, k]``, ascending.
+
+        ``count`` are those that are always read, and what has the largest shares.
+        """
         always = self.always[layer]
-        places = always.new_empty(len(q), len(always), count * run + always.shape[1])
-        places[..., count * run :] = always
-        if native.fits(q) and native.fits(self.means[layer]):
-            scale = self.facts.scale
-            choose_chunks(q, self.means[layer], self.skipped[layer], scale, count, run, places)
-        else:
-            best = self.best(layer, q, count)
-            found = best[..., None] * run + torch.arange(run)
-            places[..., : count * run] = found.flatten(-2)
-        return places, None
-
-    def best(self, layer: int, q: Tensor, count: int) -> Tensor:
-        """The chunks with the largest shares, int64 ``[rows, kv_heads, count]``, ascending."""
-        tiles, skipped = self.means[layer], self.skipped[layer]
-        mean = tiles.transpose(2, 3).flatten(3).flatten(1, 2)[:, : skipped.shape[1]].float()
+        mean = self.means[layer].transpose(2, 3).flatten(3).flatten(1, 2)
+        mean = mean[:, : always.shape[1]].float()
         rows = q.float().unflatten(1, (len(mean), -1))  # [rows, kv_heads, group, head_dim]
-        scores = torch.einsum("rhgd,hcd->rhgc", rows, mean) * self.facts.scale
-        shares = scores.masked_fill(skipped[:, None], -torch.inf).softmax(-1)
-        return shares.amax(2).topk(count, dim=-1).indices.sort(dim=-1).values
+        scores = torch.einsum("rhgd,hcd->rhgc", rows, mean) * self.scale
+        shares = scores.masked_fill(always[:, None], -torch.inf).softmax(-1).amax(2)
+        best = shares.nan_to_num(0).masked_fill(always, torch.inf)
+        best = best.topk(count, dim=-1).indices.sort(dim=-1).values
+        local = torch.arange(always.shape[1], self.all).expand(*best.shape[:2], -1)
+        return torch.cat([best, local], dim=-1)

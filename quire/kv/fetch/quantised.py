@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quire.kv.fetch.choosing import before, held, listed, places_within
 from quire.kv.fetch.clusters import cluster, nearest
-from quire.kv.method import Entries, Facts, Index, Reader
+from quire.kv.method import Asked, Chosen, Entries, Facts, Index, Reader
 from quire.kv.options import require
 from quire.kv.tree import Tokens
 
@@ -69,6 +69,12 @@ class QuantisedKeys:
         book = facts.once(codebook, self)
         found = [self._encode(facts, layer, layers(layer), book) for layer in range(facts.layers)]
         return Codes(self, facts, book, tuple(found), count)
+
+    def choose(
+        self, layer: int, q: Tensor, readers: Sequence[Reader], asked: Sequence[Asked]
+    ) -> list[Chosen]:
+        """See `Fetch.choose`."""
+        return [a.index.choose(layer, q[a.part], readers[a.part]) for a in asked]
 
     def _encode(self, facts: Facts, layer: int, entries: Entries, book: Codebook) -> Layer:
         keys = facts.unrotate(layer, entries.keys.float(), entries.positions)
@@ -146,10 +152,8 @@ class Codes:
         """Bytes held in RAM, but for the codebook, which is the model's."""
         return sum(x.nbytes for layer in self.layers for x in vars(layer).values())
 
-    def choose(
-        self, layer: int, q: Tensor, readers: Sequence[Reader]
-    ) -> tuple[Tensor, Tensor | None]:
-        """See `Index.choose`."""
+    def choose(self, layer: int, q: Tensor, readers: Sequence[Reader]) -> Chosen:
+        """What the rows ``q`` ``[rows, heads, head_dim]`` read."""
         known, centres = self.layers[layer], self.book.centres[layer].float()
         at = torch.tensor([reader.position for reader in readers])[:, None]
         far = self.facts.unrotate(layer, q.float(), at)

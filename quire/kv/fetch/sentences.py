@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quire.kv.fetch.choosing import before, held, listed, places_within
 from quire.kv.fetch.clusters import means_of
-from quire.kv.method import Entries, Facts, Index, Reader
+from quire.kv.method import Asked, Chosen, Entries, Facts, Index, Reader
 from quire.kv.options import require
 from quire.kv.tree import Tokens
 
@@ -62,6 +62,12 @@ class SentenceBuckets:
         ends = facts.sentence_ends()
         found = tuple(self._sentences(layers(layer), tokens, ends) for layer in range(facts.layers))
         return Sentences(self, facts, ends, found, int(layers(0).positions.min()))
+
+    def choose(
+        self, layer: int, q: Tensor, readers: Sequence[Reader], asked: Sequence[Asked]
+    ) -> list[Chosen]:
+        """See `Fetch.choose`."""
+        return [a.index.choose(layer, q[a.part], readers[a.part]) for a in asked]
 
     def _sentences(self, entries: Entries, tokens: Tokens, ends: Tensor | None) -> Layer:
         whole = len(entries)
@@ -135,10 +141,8 @@ class Sentences:
         """Bytes held in RAM; which tokens end a sentence is the model's and not counted."""
         return sum(x.nbytes for layer in self.layers for x in vars(layer).values())
 
-    def choose(
-        self, layer: int, q: Tensor, readers: Sequence[Reader]
-    ) -> tuple[Tensor, Tensor | None]:
-        """See `Index.choose`."""
+    def choose(self, layer: int, q: Tensor, readers: Sequence[Reader]) -> Chosen:
+        """What the rows ``q`` ``[rows, heads, head_dim]`` read."""
         known = self.layers[layer]
         mean, seen = self._mean_query(layer, q, readers)
         alike = torch.einsum("rhd,hcd->rhc", mean, known.means.float())

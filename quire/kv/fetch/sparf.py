@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from quire.kv.fetch.choosing import held, largest, listed
-from quire.kv.method import Entries, Facts, Index, Reader
+from quire.kv.method import Asked, Chosen, Entries, Facts, Index, Reader
 from quire.kv.options import check_counts, entries_of, require
 from quire.kv.tiers.mapped import check_folder, is_on_disk, on_disk
 from quire.kv.tree import Tokens
@@ -71,6 +71,12 @@ class LoudChannels:
         rank = min(entries_of(self.channels, facts.head_dim), facts.head_dim)
         return Channels(self, facts, tuple(keys), tuple(counts), count, rank)
 
+    def choose(
+        self, layer: int, q: Tensor, readers: Sequence[Reader], asked: Sequence[Asked]
+    ) -> list[Chosen]:
+        """See `Fetch.choose`."""
+        return [a.index.choose(layer, q[a.part]) for a in asked]
+
 
 @dataclass(frozen=True)
 class Channels:
@@ -92,10 +98,8 @@ class Channels:
         """Bytes held in RAM."""
         return sum(x.nbytes for x in (*self.keys, *self.counts) if not is_on_disk(x))
 
-    def choose(
-        self, layer: int, q: Tensor, readers: Sequence[Reader]
-    ) -> tuple[Tensor, Tensor | None]:
-        """See `Index.choose`."""
+    def choose(self, layer: int, q: Tensor) -> Chosen:
+        """What the rows ``q`` ``[rows, heads, head_dim]`` read."""
         n, page = self.keys[layer].shape[-1], self.method.page
         place, count = torch.arange(n), self.counts[layer][:, None]
         newest = place >= count - self.method.recent  # [kv_heads, n]

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from quire.kv.fetch.choosing import held, listed
 from quire.kv.fetch.clusters import cluster, means_of
-from quire.kv.method import Entries, Facts, Index, Reader
+from quire.kv.method import Asked, Chosen, Entries, Facts, Index, Reader
 from quire.kv.options import require
 from quire.kv.tree import Tokens
 
@@ -88,6 +88,12 @@ class SqueezedAttention:
             keep = self.keep if level == 0 else min(1.0, 2 * self.keep)
             thresholds[level] = _threshold(torch.cat(shares), torch.cat(sizes), keep)
         return Centroids(facts, clusters, tuple(thresholds))
+
+    def choose(
+        self, layer: int, q: Tensor, readers: Sequence[Reader], asked: Sequence[Asked]
+    ) -> list[Chosen]:
+        """See `Fetch.choose`."""
+        return [a.index.choose(layer, q[a.part]) for a in asked]
 
     def _levels(self, entries: Entries) -> tuple[Level, ...]:
         whole = len(entries)
@@ -177,10 +183,8 @@ class Centroids:
         """Which clusters of a level are above its threshold."""
         return self.shares(layer, q, level) > self.thresholds[level]
 
-    def choose(
-        self, layer: int, q: Tensor, readers: Sequence[Reader]
-    ) -> tuple[Tensor, Tensor | None]:
-        """See `Index.choose`."""
+    def choose(self, layer: int, q: Tensor) -> Chosen:
+        """What the rows ``q`` ``[rows, heads, head_dim]`` read."""
         kept = self.kept(layer, q.float().unflatten(1, (self.facts.kv_heads, -1)), 0)
         always, never = kept.new_ones(*kept.shape[:2], 1), kept.new_zeros(*kept.shape[:2], 1)
         table = torch.cat([kept, always, never], dim=-1)

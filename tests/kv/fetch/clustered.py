@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quire.kv.method import Entries, Facts, Index, Reader
+from quire.kv.method import Asked, Chosen, Entries, Facts, Index, Reader
 
 SHAPES = [(1, 1), (4, 1), (4, 4), (8, 2)]  # heads, kv_heads
 
@@ -99,9 +99,20 @@ def readers(rows: int, token: int = 5, position: int = 3000) -> list[Reader]:
     return [Reader(token, position, {}) for _ in range(rows)]
 
 
-def chosen(found: tuple[Tensor, Tensor | None]) -> list[list[list[int]]]:
-    """The places of each row and head; asserts that none is there twice."""
-    places, mask = found
+def asked(
+    method: object, index: Index, layer: int, q: Tensor, rows: Sequence[Reader] = ()
+) -> Chosen:
+    """What the method chooses for ``q`` alone of a node with one ``index``."""
+    question = Asked(0, len(q), index, 1 << 40)
+    (found,) = method.choose(layer, q, rows, [question])  # type: ignore[attr-defined]
+    assert isinstance(found, Chosen)
+    return found
+
+
+def chosen(found: Chosen) -> list[list[list[int]]]:
+    """The single entries of each row and head; asserts that none is there twice."""
+    assert found.size == 1
+    places, mask = found.chunks, found.mask
     assert places.dtype == torch.int64
     assert mask is None or mask.dtype == torch.bool
     if mask is None:

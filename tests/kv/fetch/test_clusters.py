@@ -58,14 +58,17 @@ def test_equal_points() -> None:
 
 def test_lists() -> None:
     read = torch.tensor([[[0, 1, 1, 0, 1], [0, 0, 0, 1, 0]]]).bool()
-    places, mask = listed(read)
+    found = listed(read)
+    places, mask = found.chunks, found.mask
     assert mask is not None
     assert places[mask].tolist() == [1, 2, 4, 3]
     assert mask.sum(-1).tolist() == [[3, 1]]
-    places, mask = listed(read[:, :1])
+    found = listed(read[:, :1])
+    places, mask = found.chunks, found.mask
     assert places.tolist() == [[[1, 2, 4]]]
     assert mask is None
-    places, mask = listed(torch.zeros(2, 3, 4, dtype=torch.bool))
+    found = listed(torch.zeros(2, 3, 4, dtype=torch.bool))
+    places, mask = found.chunks, found.mask
     assert places.shape == (2, 3, 1)
     assert mask is not None
     assert not mask.any()

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "kernels"))
 from instruction_sets import NAMES, using
 
 from quire.kv.fetch.landmarks import Chunks, Landmarks
-from quire.kv.method import Entries, Facts
+from quire.kv.method import Asked, Chosen, Entries, Facts
 from toy import make_facts
 
 
@@ -63,8 +63,10 @@ def test_against_the_algorithm(
     rows = torch.randn(4, kv_heads * group, dim + 8).to(dtype)
     q = rows.flatten(1)[:, : kv_heads * group * dim].unflatten(1, (-1, dim))
     with using(isa):
-        places, mask = index.choose(1, q, [])
-    assert mask is None
+        (result,) = method.choose(1, q, [], [Asked(0, 4, index, n)])
+    assert result.mask is None
+    assert (result.chunks.diff(dim=-1) > 0).all()
+    places, mask = result.places(n)
     chunks = n // chunk - 2
     for row in range(4):
         for head in range(kv_heads):
@@ -78,7 +80,8 @@ def test_against_the_algorithm(
             rounded = means.to(dtype).double()  # what the index keeps
             scores = queries @ rounded[usual].T * dim**-0.5
             shares = scores.softmax(-1).amax(0)
-            found = places[row, head].tolist()
+            there = slice(None) if mask is None else mask[row, head]
+            found = places[row, head, there].tolist()
             assert len(set(found)) == len(found)
             assert len(found) == budget // chunk * chunk + 3 * chunk + n - chunks * chunk
             always = {c * chunk + i for c in odd for i in range(chunk)}
@@ -99,10 +102,35 @@ def test_equals_and_numbers_without_order(isa: str) -> None:
     index, _ = index_of(method, 200, (1, 2), 32, torch.float32)
     for q in (torch.zeros(1, 2, 32), torch.full((1, 2, 32), torch.nan)):
         with using(isa):
-            places, _ = index.choose(0, q, [])
-        found = places[0, 0].tolist()
-        assert len(set(found)) == len(found)
-        assert all(0 <= place < 200 for place in found)
+            (found,) = method.choose(0, q, [], [Asked(0, 1, index, 200)])
+        chunks = found.chunks[0, 0].tolist()
+        assert len(chunks) == 5 + 1 + 1
+        assert len(set(chunks)) == len(chunks)
+        assert all(0 <= chunk < 25 for chunk in chunks)
+        assert set(index.always[0].nonzero()[:, 1].tolist()) | {24} <= set(chunks)
+
+
+@pytest.mark.parametrize("isa", ["plain", *NAMES])
+@pytest.mark.parametrize("local", [0, 2])
+def test_several_nodes_at_once(isa: str, local: int) -> None:
+    """Of different lengths, one of them for two ranges of rows; with nothing left over, too."""
+    torch.manual_seed(0)
+    method = Landmarks(budget=40, chunk=4, outliers=3, local=local)
+    indexes = [index_of(method, n, (2, 3), 32, torch.bfloat16)[0] for n in (150, 1031, 64)]
+    q = torch.randn(70, 6, 32).bfloat16()
+    asked = [Asked(0, 20, indexes[0], 150), Asked(20, 33, indexes[1], 1031)]
+    asked += [Asked(60, 1, indexes[2], 64), Asked(62, 7, indexes[0], 150)]
+    with using(isa):
+        together = method.choose(1, q, [], asked)
+        alone = [found for one in asked for found in method.choose(1, q, [], [one])]
+        assert method.choose(1, q, [], []) == []
+    for one, a, b in zip(asked, together, alone, strict=True):
+        assert a.size == b.size == 4
+        assert a.chunks.shape[:2] == (one.rows, 2)
+        assert torch.equal(a.chunks, b.chunks)
+        plain = one.index.choose(1, q[one.part], 13)
+        differ = (a.chunks != plain).any(-1).float().mean()  # means' products are rounded apart
+        assert differ < 0.1
 
 
 def test_too_few_entries_to_be_worth_it() -> None:
@@ -118,6 +146,26 @@ def test_bytes() -> None:
     index, _ = index_of(Landmarks(budget=64, outliers=2), 400, (2, 2), 32, torch.bfloat16)
     chunks = 400 // 8 - 4
     means = 2 * -(-chunks // 16) * 16 * 32 * 2
-    always = 2 * (2 * 8 + 400 - chunks * 8) * 8
-    assert index.nbytes == 2 * (means + 2 * chunks + always)
+    assert index.nbytes == 2 * (means + 2 * chunks)
     assert replace(index, means=index.means[:1]).nbytes < index.nbytes
+
+
+def test_chunks_as_single_entries() -> None:
+    """The last chunk of a node is cut short, and one that is not there stays visible."""
+    chunks = torch.tensor([[[0, 2]], [[3, 7]]])
+    places, mask = Chosen(chunks, 3).places(24)
+    assert places.tolist() == [[[0, 1, 2, 6, 7, 8]], [[9, 10, 11, 21, 22, 23]]]
+    assert mask is None
+    places, mask = Chosen(chunks, 3).places(23)
+    assert mask is not None
+    assert mask[1, 0].tolist() == [True] * 5 + [False]
+    assert int(places.max()) == 22
+    seen = torch.tensor([[[True, False]], [[False, True]]])
+    places, mask = Chosen(chunks, 3, seen).places(22)
+    assert mask is not None
+    assert places[mask].tolist() == [0, 1, 2, 21]
+    places, mask = Chosen(chunks, 3).places(20)
+    assert int(places.max()) == 23
+    places, mask = Chosen(chunks).places(20)
+    assert torch.equal(places, chunks)
+    assert mask is None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from clustered import SHAPES, Node, at_random, attention, chosen, mass, readers
+from clustered import SHAPES, Node, at_random, attention, chosen, mass
 from torch import Tensor
 
 from quire.errors import InvalidRequestError
@@ -52,7 +52,7 @@ def shares(node: Node, layer: int, q: Tensor, head: int, rank: int) -> list[floa
 def test_against_the_algorithm(heads: int, kv_heads: int, rows: int, dtype: torch.dtype) -> None:
     node = Node(make_facts(heads, kv_heads, dtype=dtype), 203, noise=1.0)
     q = node.rows(1, rows)
-    found = chosen(made(node).choose(1, q, readers(rows)))
+    found = chosen(made(node).choose(1, q))
     newest = set(range(193, 203))
     compared = 0
     for row in range(rows):
@@ -93,7 +93,7 @@ def test_all_channels_give_the_exact_shares() -> None:
 def test_more_of_the_attention_than_a_random_choice() -> None:
     node = Node(make_facts(8, 2, head_dim=64), 1000, topics=30)
     q = node.rows(0, 8)
-    found = chosen(made(node, LoudChannels(budget=64)).choose(0, q, readers(8)))
+    found = chosen(made(node, LoudChannels(budget=64)).choose(0, q))
     share = mass(node.facts, node.entries[0], q, found)
     assert share > 0.7
     assert mass(node.facts, node.entries[0], q, at_random(found, 1000)) < share / 2
@@ -106,10 +106,10 @@ def test_loud_channels_are_the_ones_to_read() -> None:
     loud = torch.randperm(64, generator=torch.Generator().manual_seed(0))[:8]
     q[..., loud] *= 4
     index = made(node, replace(SMALL, channels=8, page=1))
-    found = chosen(index.choose(0, q, readers(8)))
+    found = chosen(index.choose(0, q))
     blind = q.clone()
     blind[..., loud] = 0
-    others = chosen(index.choose(0, blind, readers(8)))
+    others = chosen(index.choose(0, blind))
     missed = 1 - mass(node.facts, node.entries[0], q, found)
     assert missed < 0.5 * (1 - mass(node.facts, node.entries[0], q, others))
 
@@ -118,7 +118,7 @@ def test_loud_channels_are_the_ones_to_read() -> None:
 def test_budgets(page: int) -> None:
     node = Node(make_facts(), 500, topics=30)
     method = replace(SMALL, page=page)
-    found = chosen(made(node, method).choose(0, node.rows(0, 4), readers(4)))
+    found = chosen(made(node, method).choose(0, node.rows(0, 4)))
     for heads in found:
         for one in heads:
             assert 30 <= len(one) <= 20 * page + 10
@@ -130,7 +130,7 @@ def test_heads_of_different_lengths() -> None:
     node = Node(make_facts(), 300)
     node.cut([300, 150])
     for rows in (1, 9):
-        for heads in chosen(made(node).choose(0, node.rows(0, rows), readers(rows))):
+        for heads in chosen(made(node).choose(0, node.rows(0, rows))):
             assert set(range(290, 300)) <= set(heads[0])
             assert max(heads[1]) == 149
             assert set(range(140, 150)) <= set(heads[1])
@@ -143,7 +143,7 @@ def test_few_or_equal_tokens() -> None:
     for entries in node.entries:
         entries.keys.fill_(1.0)
     for q in (node.rows(0, 2), torch.zeros(2, 4, 32)):
-        found = chosen(made(node).choose(0, q, readers(2)))
+        found = chosen(made(node).choose(0, q))
         assert all(len(one) >= 30 for heads in found for one in heads)
 
 
@@ -154,7 +154,7 @@ def test_on_disk(tmp_path: Path) -> None:
     assert ram.nbytes == disk.nbytes + 2 * 2 * 300 * 32 * 4
     for rows in (1, 9):
         q = node.rows(1, rows)
-        assert torch.equal(ram.choose(1, q, [])[0], disk.choose(1, q, [])[0])
+        assert torch.equal(ram.choose(1, q).chunks, disk.choose(1, q).chunks)
 
 
 def test_bytes() -> None:

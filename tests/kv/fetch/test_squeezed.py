@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from clustered import SHAPES, Node, at_random, attention, chosen, mass, readers
+from clustered import SHAPES, Node, at_random, attention, chosen, mass
 
 from quire.errors import InvalidRequestError
 from quire.kv.fetch.squeezed import Centroids, SqueezedAttention
@@ -74,7 +74,7 @@ def test_against_the_algorithm(heads: int, kv_heads: int, dtype: torch.dtype) ->
     assert above <= 0.25 * len(pooled) <= reached
     # Online.
     q = node.rows(1, 3)
-    found = chosen(index.choose(1, q, readers(3)))
+    found = chosen(index.choose(1, q))
     for row in range(3):
         shares = shares_of(node, index, 1, q[row])
         for head in range(kv_heads):
@@ -91,7 +91,7 @@ def test_more_of_the_attention_than_a_random_choice(levels: int) -> None:
     node = Node(make_facts(8, 2, head_dim=64), 1000, topics=30)
     index = made(node, replace(SMALL, levels=levels, keep=0.15))
     q = node.rows(0, 8)
-    found = chosen(index.choose(0, q, readers(8)))
+    found = chosen(index.choose(0, q))
     read = sum(len(one) for heads in found for one in heads) / 16
     assert read < 0.4 * 1000
     share = mass(node.facts, node.entries[0], q, found)
@@ -119,7 +119,7 @@ def test_heads_read_different_numbers() -> None:
     for entries in node.entries:
         entries.keys[0] *= 0.3
     index = made(node)
-    found = chosen(index.choose(0, node.rows(0, 6), readers(6)))
+    found = chosen(index.choose(0, node.rows(0, 6)))
     assert len({len(one) for heads in found for one in heads}) > 2
     exact = attention(node.facts, node.entries[0], node.rows(0, 6))
     assert exact[:, 0].amax() < exact[:, 1].amax()
@@ -149,7 +149,7 @@ def test_heads_of_different_lengths() -> None:
     node = Node(make_facts(), 300)
     node.cut([300, 170])
     index = made(node)
-    found = chosen(index.choose(1, node.rows(1, 4), readers(4)))
+    found = chosen(index.choose(1, node.rows(1, 4)))
     for heads in found:
         assert set(range(280, 300)) <= set(heads[0])
         assert max(heads[1]) == 169
@@ -177,11 +177,11 @@ def test_few_or_equal_tokens() -> None:
     assert node.maybe(SMALL) is not None
     for entries in node.entries:
         entries.keys.fill_(1.0)
-    chosen(made(node).choose(0, node.rows(0, 2), readers(2)))
+    chosen(made(node).choose(0, node.rows(0, 2)))
     loud = Node(make_facts(), 200)
     for entries in loud.entries:
         entries.keys.mul_(1000)
-    found = chosen(made(loud).choose(0, 1000 * loud.rows(0, 2), readers(2)))
+    found = chosen(made(loud).choose(0, 1000 * loud.rows(0, 2)))
     assert all(len(one) > 20 for heads in found for one in heads)
 
 

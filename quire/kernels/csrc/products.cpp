@@ -5,7 +5,6 @@
 // int32) beside the caches and pass through one epilogue: scale, bias, residual, rounding.
 
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "kernels.h"
@@ -21,6 +20,8 @@ constexpr int64_t MOST_ROWS = 96;     // of a block; a multiple of every MAX_ROW
 constexpr int64_t INNER_BYTES = 2048;  // of a row, multiplied at once, so that a panel stays in L2
 constexpr int64_t EXPANDED_ROWS = 2 * MOST_ROWS;  // that share an expanded slice of SLICE inputs
 constexpr int64_t SLICE = 256;
+constexpr int64_t FEW = 8;     // rows, at most, for what is done for few
+constexpr int64_t BLOCK = 32;  // inputs of a row that are rounded together where codes multiply
 
 // out[row, 16 columns] = value + bias + add.
 template <class T>
@@ -36,16 +37,25 @@ QUIRE_INLINE void finish_tile(const ProductArgs& args, int64_t row, int64_t colu
 template <class Body>
 void each_block(const ProductArgs& args, int64_t most_rows, const Body& body) {
     if (args.rows == 0) return;
+    const bool few = args.rows <= FEW;
     const int64_t tiles = (args.outs + WIDTH - 1) / WIDTH;
-    const int64_t wide = args.rows <= 8 ? 2 : PANEL;
+    int64_t wide = PANEL;
+    while (few && wide > 1 && tiles < 4 * threads() * wide) wide /= 2;
     const int64_t panels = (tiles + wide - 1) / wide;
     const int64_t blocks = (args.rows + most_rows - 1) / most_rows;
     const int64_t rows = (args.rows + blocks - 1) / blocks;
-    parallel_tasks(panels * blocks, [&](int64_t i) {
+    const auto block = [&](int64_t i) {
         const int64_t row = i % blocks * rows, tile = i / blocks * wide;
         if (row < args.rows)
             body(row, std::min(rows, args.rows - row), tile, std::min(wide, tiles - tile));
-    });
+    };
+    // Few rows wait for memory, which is faster where a thread reads one panel after the other.
+    if (few)
+        parallel_ranges(panels * blocks, 1, [&](int64_t first, int64_t last) {
+            for (; first < last; ++first) block(first);
+        });
+    else
+        parallel_tasks(panels * blocks, block);
 }
 
 template <class E>
@@ -131,9 +141,8 @@ template <class T> void int8_with(const ProductArgs& args) {
 
 // --- grouped ---------------------------------------------------------------------------------
 
-// 4-bit codes: unit s of a column holds inputs 8s + 2j in nibble j and 8s + 2j + 1 in nibble 4 + j,
-// so that one shift and one mask give a pair of codes in the places of two bfloat16. 8-bit codes:
-// input 4s + j in byte j.
+// 4-bit codes: unit s of a column holds input 8s + j in the lower half of byte j and 8s + 4 + j in
+// the upper one, so that a mask gives four codes. 8-bit codes: input 4s + j in byte j.
 QUIRE_INLINE U shifted(U x, int bits) {
     QUIRE_EACH x.part[p] >>= bits;
     return x;
@@ -142,6 +151,10 @@ QUIRE_INLINE I masked(U x, uint32_t mask) {
     I r;
     QUIRE_EACH r.part[p] = (NativeI)(x.part[p] & mask);
     return r;
+}
+QUIRE_INLINE U nibbles(U x) {
+    QUIRE_EACH x.part[p] &= 0x0f0f0f0fu;
+    return x;
 }
 // Two floats of each lane as one bfloat16 unit, to the nearest, ties upwards.
 QUIRE_INLINE U pair_of(F low, F high) {
@@ -152,19 +165,6 @@ QUIRE_INLINE U pair_of(F low, F high) {
     }
     return r;
 }
-// (code pair) | the bits of 128.0 in both halves: the bfloat16 numbers 128 + code.
-QUIRE_INLINE U raised_pair(U x) {
-    QUIRE_EACH {
-#if defined(__AVX512F__)
-        x.part[p] = (NativeU)_mm512_ternarylogic_epi32(
-            (__m512i)x.part[p], _mm512_set1_epi32(0x000f000f), _mm512_set1_epi32(0x43004300), 0xea);
-#else
-        x.part[p] = (x.part[p] & 0x000f000fu) | 0x43004300u;
-#endif
-    }
-    return x;
-}
-
 // The weights of one tile for inputs [first, last) of the packed matrix, as units of E. Both ends
 // are multiples of a unit's inputs.
 template <class E, int BITS>
@@ -184,8 +184,8 @@ void expand_tile(const ProductArgs& args, int64_t tile, int64_t first, int64_t l
             const U unit = load_units(codes + in / per_unit * WIDTH);
 #pragma GCC unroll 4
             for (int j = 0; j < per_unit / 2; ++j, to += 2 / E::PACK * WIDTH) {
-                const U low_codes = shifted(unit, BITS == 4 ? 4 * j : 16 * j);
-                const U high_codes = shifted(unit, BITS == 4 ? 4 * j + 16 : 16 * j + 8);
+                const int place = 16 * (j % 2) + 4 * (j / 2);
+                const U low_codes = shifted(unit, place), high_codes = shifted(unit, place + 8);
                 const F low = fma(to_float(masked(low_codes, mask)), scale, offset);
                 const F high = fma(to_float(masked(high_codes, mask)), scale, offset);
                 if constexpr (E::PACK == 2) {
@@ -226,107 +226,130 @@ template <class E> void grouped_many(const ProductArgs& args) {
     });
 }
 
-// Few rows: codes are multiplied as they are, and each group's sum is scaled once. `levels` is the
-// rows' inputs, as bfloat16 pairs for 4 bits and as floats for 8; `totals` their sums by group.
+// Rows in blocks of BLOCK inputs: x = scale * level, with levels of -127 to 127.
+struct Rounded {
+    const uint32_t* levels;  // [rows, ins / 4] four signed bytes each
+    const float* scales;     // [rows, ins / BLOCK]
+    const int32_t* sums;     // of a block's levels
+    const float* totals;     // of a block's inputs, unrounded
+};
+
+void round_blocks(const ProductArgs& args, int8_t* levels, float* scales, int32_t* sums,
+                  float* totals) {
+    const int64_t blocks = args.ins / BLOCK;
+    parallel_ranges(args.rows * blocks, 512, [&](int64_t first, int64_t last) {
+        for (int64_t at = first; at < last; ++at) {
+            const bf16* x = static_cast<const bf16*>(args.x) + at / blocks * args.x_stride +
+                            at % blocks * BLOCK;
+            const F low = load(x), high = load(x + WIDTH);
+            const float scale = max_lane(max(abs(low), abs(high))) / 127;
+            const F inverse = splat(scale > 0 ? 1 / scale : 0);
+            const I a = to_int(low * inverse), b = to_int(high * inverse);
+            scales[at] = scale;
+            sums[at] = int32_t(sum(to_float(a + b)));
+            totals[at] = sum(low + high);
+            QUIRE_EACH {
+                const NativeS part[] = {__builtin_convertvector(a.part[p], NativeS),
+                                        __builtin_convertvector(b.part[p], NativeS)};
+                for (int64_t half = 0; half < 2; ++half)
+                    std::memcpy(levels + at * BLOCK + half * WIDTH + p * LANES, &part[half], LANES);
+            }
+        }
+    });
+}
+
+// R rows and C tiles. Codes multiply as integers; each block's sum is scaled once.
 template <int R, int C, int BITS>
-QUIRE_INLINE void grouped_rows(const ProductArgs& args, const uint32_t* levels, int64_t stride,
-                               const float* totals, int64_t row, int64_t tile) {
-    const int64_t groups = args.ins / args.group, steps = args.group * BITS / 32;
+QUIRE_INLINE void coded_rows(const ProductArgs& args, const Rounded& x, int64_t row, int64_t tile) {
+    constexpr int64_t steps = BLOCK * BITS / 32;
+    constexpr int halves = 8 / BITS;  // codes in a byte
+    const int64_t blocks = args.ins / BLOCK, groups = args.ins / args.group;
     const int64_t tile_units = args.ins * BITS / 32 * WIDTH;
     const uint32_t* codes = static_cast<const uint32_t*>(args.weight) + tile * tile_units;
-    constexpr float centre = BITS == 4 ? 128 + 8 : 128;
+    const uint32_t* levels = x.levels + row * args.ins / 4;
     F out[R][C];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
         for (int c = 0; c < C; ++c) out[r][c] = splat(0);
-    for (int64_t g = 0; g < groups; ++g) {
-        F acc[R][C];
+    for (int64_t g = 0, block = 0; g < groups; ++g) {
+        const int64_t end = block + args.group / BLOCK;
+        for (; block < end; ++block) {
+            I acc[R][C];
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r)
+            for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-            for (int c = 0; c < C; ++c) acc[r][c] = splat(-centre * totals[r * groups + g]);
-        for (int64_t s = g * steps; s < (g + 1) * steps; ++s) {
+                for (int c = 0; c < C; ++c)
+                    acc[r][c] =
+                        splat_int(-(1 << (BITS - 1)) * x.sums[(row + r) * blocks + block]);
+#pragma GCC unroll 8
+            for (int64_t s = 0; s < steps; ++s) {
 #pragma GCC unroll 4
-            for (int c = 0; c < C; ++c) {
-                const U unit = load_units(codes + c * tile_units + s * WIDTH);
-#pragma GCC unroll 4
-                for (int j = 0; j < 4; ++j) {
-                    if constexpr (BITS == 4) {
-                        const U pair = raised_pair(shifted(unit, 4 * j));
+                for (int c = 0; c < C; ++c) {
+                    const U unit =
+                        load_units(codes + c * tile_units + (block * steps + s) * WIDTH);
+#pragma GCC unroll 2
+                    for (int half = 0; half < halves; ++half) {
+                        const U four = BITS == 4 ? nibbles(shifted(unit, 4 * half)) : unit;
+                        const int64_t at = (block * steps + s) * halves + half;
 #pragma GCC unroll 4
                         for (int r = 0; r < R; ++r)
-                            acc[r][c] = Bf16::dot(acc[r][c], levels[r * stride + s * 4 + j], pair);
-                    } else {
-                        const F code = to_float(masked(shifted(unit, 8 * j), 255));
-                        U bits;
-                        std::memcpy(&bits, &code, sizeof bits);
-#pragma GCC unroll 4
-                        for (int r = 0; r < R; ++r)
-                            acc[r][c] = Float::dot(acc[r][c], levels[r * stride + s * 4 + j], bits);
+                            acc[r][c] = dot_bytes<BITS == 4>(
+                                acc[r][c], four, splat_unit(levels[r * args.ins / 4 + at]));
                     }
                 }
             }
-        }
 #pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) {
-            const int64_t at = ((tile + c) * groups + g) * WIDTH;
-            const F scale = load(args.scales + at);
+            for (int c = 0; c < C; ++c) {
+                const int64_t at = ((tile + c) * groups + g) * WIDTH;
+                const F scale = load(args.scales + at);
+                const F offset = args.offsets ? load(args.offsets + at) : splat(0);
 #pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) out[r][c] = fma(scale, acc[r][c], out[r][c]);
-            if (args.offsets)
-#pragma GCC unroll 4
-                for (int r = 0; r < R; ++r)
-                    out[r][c] = fma(load(args.offsets + at), splat(totals[r * groups + g]), out[r][c]);
+                for (int r = 0; r < R; ++r) {
+                    const int64_t of = (row + r) * blocks + block;
+                    out[r][c] = fma(scale * splat(x.scales[of]), to_float(acc[r][c]), out[r][c]);
+                    if (args.offsets) out[r][c] = fma(offset, splat(x.totals[of]), out[r][c]);
+                }
+            }
         }
     }
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < C; ++c)
-            args.bf16 ? finish_tile<bf16>(args, row + r, (tile + c) * WIDTH, out[r][c])
-                      : finish_tile<float>(args, row + r, (tile + c) * WIDTH, out[r][c]);
+            finish_tile<bf16>(args, row + r, (tile + c) * WIDTH, out[r][c]);
 }
 
 template <int C, int BITS>
-void grouped_block(const ProductArgs& args, const uint32_t* levels, int64_t stride,
-                   const float* totals, int64_t row, int64_t rows, int64_t tile) {
-    const int64_t groups = args.ins / args.group;
-    while (rows > 0) {
-        const int64_t now = std::min<int64_t>(rows, 4);
-        if (now == 1) grouped_rows<1, C, BITS>(args, levels, stride, totals, row, tile);
-        if (now == 2) grouped_rows<2, C, BITS>(args, levels, stride, totals, row, tile);
-        if (now == 3) grouped_rows<3, C, BITS>(args, levels, stride, totals, row, tile);
-        if (now == 4) grouped_rows<4, C, BITS>(args, levels, stride, totals, row, tile);
-        levels += now * stride;
-        totals += now * groups;
-        row += now;
-        rows -= now;
+void coded_tiles(const ProductArgs& args, const Rounded& x, int64_t tile) {
+    for (int64_t row = 0; row < args.rows; row += 4) {
+        switch (args.rows - row) {
+            case 1: coded_rows<1, C, BITS>(args, x, row, tile); break;
+            case 2: coded_rows<2, C, BITS>(args, x, row, tile); break;
+            case 3: coded_rows<3, C, BITS>(args, x, row, tile); break;
+            default: coded_rows<4, C, BITS>(args, x, row, tile);
+        }
     }
 }
 
-template <class T, int BITS> void grouped_few(const ProductArgs& args) {
-    const int64_t groups = args.ins / args.group;
-    std::vector<float> totals(args.rows * groups);
-    std::vector<float> wide;  // the rows as floats, for 8 bits
-    if (BITS == 8) wide.resize(args.rows * args.ins);
-    for (int64_t row = 0; row < args.rows; ++row) {
-        const T* x = static_cast<const T*>(args.x) + row * args.x_stride;
-        for (int64_t g = 0; g < groups; ++g) {
-            F total = splat(0);
-            for (int64_t i = g * args.group; i < (g + 1) * args.group; i += WIDTH) {
-                const F v = load(x + i);
-                total = total + v;
-                if (BITS == 8) store(wide.data() + row * args.ins + i, v);
-            }
-            totals[row * groups + g] = sum(total);
+// Few rows: they are rounded to bytes, so that codes multiply as they are.
+template <int BITS> void grouped_few(const ProductArgs& args) {
+    thread_local std::vector<int8_t> levels;
+    thread_local std::vector<float> scales, totals;
+    thread_local std::vector<int32_t> sums;
+    const int64_t blocks = args.rows * args.ins / BLOCK;
+    levels.resize(blocks * BLOCK);
+    scales.resize(blocks);
+    totals.resize(blocks);
+    sums.resize(blocks);
+    round_blocks(args, levels.data(), scales.data(), sums.data(), totals.data());
+    const Rounded x{reinterpret_cast<const uint32_t*>(levels.data()), scales.data(), sums.data(),
+                    totals.data()};
+    each_block(args, FEW, [&](int64_t, int64_t, int64_t tile, int64_t tiles) {
+        switch (tiles) {
+            case 1: return coded_tiles<1, BITS>(args, x, tile);
+            case 2: return coded_tiles<2, BITS>(args, x, tile);
+            case 3: return coded_tiles<3, BITS>(args, x, tile);
+            default: return coded_tiles<4, BITS>(args, x, tile);
         }
-    }
-    const auto* levels = static_cast<const uint32_t*>(
-        BITS == 8 ? static_cast<const void*>(wide.data()) : args.x);
-    const int64_t stride = BITS == 8 ? args.ins : args.x_stride / 2;
-    each_block(args, args.rows, [&](int64_t row, int64_t rows, int64_t tile, int64_t tiles) {
-        if (tiles == 2)
-            grouped_block<2, BITS>(args, levels, stride, totals.data(), row, rows, tile);
-        else
-            grouped_block<1, BITS>(args, levels, stride, totals.data(), row, rows, tile);
     });
 }
 
@@ -337,9 +360,8 @@ void dense(const ProductArgs& args) {
 }
 void int8(const ProductArgs& args) { args.bf16 ? int8_with<bf16>(args) : int8_with<float>(args); }
 void grouped(const ProductArgs& args) {
-    if (args.small && args.rows <= 8 && args.bits == 4 && args.bf16) return grouped_few<bf16, 4>(args);
-    if (args.small && args.rows <= 8 && args.bits == 8)
-        return args.bf16 ? grouped_few<bf16, 8>(args) : grouped_few<float, 8>(args);
+    if (args.small && args.rows <= FEW && args.bf16)
+        return args.bits == 4 ? grouped_few<4>(args) : grouped_few<8>(args);
     args.bf16 ? grouped_many<Bf16>(args) : grouped_many<Float>(args);
 }
 

@@ -266,9 +266,7 @@ def half_steps(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("offsets", [False, True], ids=["symmetric", "offsets"])
 @pytest.mark.parametrize(("group", "ins"), [(32, 32), (32, 160), (64, 576), (128, 2048)])
-def test_few_rows_are_exact_in_the_integers(
-    bits: int, offsets: bool, group: int, ins: int
-) -> None:
+def test_few_rows_are_exact_in_the_integers(bits: int, offsets: bool, group: int, ins: int) -> None:
     """Activations that are levels already, up to a power of two: only sums in float32 round."""
     for case, outs in enumerate(OUTS):
         torch.manual_seed(ins + outs)

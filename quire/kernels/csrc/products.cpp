@@ -37,25 +37,20 @@ QUIRE_INLINE void finish_tile(const ProductArgs& args, int64_t row, int64_t colu
 template <class Body>
 void each_block(const ProductArgs& args, int64_t most_rows, const Body& body) {
     if (args.rows == 0) return;
-    const bool few = args.rows <= FEW;
     const int64_t tiles = (args.outs + WIDTH - 1) / WIDTH;
-    int64_t wide = PANEL;
-    while (few && wide > 1 && tiles < 4 * threads() * wide) wide /= 2;
-    const int64_t panels = (tiles + wide - 1) / wide;
+    // Few rows wait for memory, which is faster where a thread reads one panel after the other.
+    if (args.rows <= FEW)
+        return parallel_ranges(tiles, 1, [&](int64_t tile, int64_t last) {
+            for (; tile < last; tile += PANEL) body(0, args.rows, tile, std::min(PANEL, last - tile));
+        });
+    const int64_t panels = (tiles + PANEL - 1) / PANEL;
     const int64_t blocks = (args.rows + most_rows - 1) / most_rows;
     const int64_t rows = (args.rows + blocks - 1) / blocks;
-    const auto block = [&](int64_t i) {
-        const int64_t row = i % blocks * rows, tile = i / blocks * wide;
+    parallel_tasks(panels * blocks, [&](int64_t i) {
+        const int64_t row = i % blocks * rows, tile = i / blocks * PANEL;
         if (row < args.rows)
-            body(row, std::min(rows, args.rows - row), tile, std::min(wide, tiles - tile));
-    };
-    // Few rows wait for memory, which is faster where a thread reads one panel after the other.
-    if (few)
-        parallel_ranges(panels * blocks, 1, [&](int64_t first, int64_t last) {
-            for (; first < last; ++first) block(first);
-        });
-    else
-        parallel_tasks(panels * blocks, block);
+            body(row, std::min(rows, args.rows - row), tile, std::min(PANEL, tiles - tile));
+    });
 }
 
 template <class E>

@@ -1,7 +1,7 @@
 """Low-bit weights in groups: codes of 4 or 8 bits, a scale and perhaps an offset for each group.
 
 Many rows stay in floating point and share weights that are expanded slice by slice into the cache
-(the balance that MARLIN, arXiv 2408.11743, strikes on GPUs). Up to 8 rows in bfloat16 are rounded
+(the balance that MARLIN, arXiv 2408.11743, strikes on GPUs). Up to 32 rows in bfloat16 are rounded
 to 8 bits in blocks of 32 inputs: codes then multiply as integers, with less than half of the
 instructions, and each block's sum is scaled once. That adds half a percent to an error which 4-bit
 weights bring to eight.

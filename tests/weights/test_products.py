@@ -247,7 +247,7 @@ def test_grouped(
             call = Call(seed + ins + outs, rows, ins, outs, dtype)
             magnitude = call.magnitude(weight)
             slack = sums(ins) * magnitude
-            if dtype == torch.bfloat16 and not invariant and rows <= 8 and group % BLOCK == 0:
+            if dtype == torch.bfloat16 and not invariant and rows <= 32 and group % BLOCK == 0:
                 # Few rows are rounded to the nearest level of their blocks.
                 slack += 1.001 * half_steps(call.x).double() @ codes.double().abs().T
             elif dtype == torch.bfloat16:  # many rows multiply weights that were rounded
@@ -273,7 +273,7 @@ def test_few_rows_are_exact_in_the_integers(bits: int, offsets: bool, group: int
         matrix = grouped(outs, ins, bits, group, offsets=offsets)
         product = GroupedProduct.make(matrix)
         weight = matrix.dequantise()
-        for rows in range(1 + case % 2, 9, 2):
+        for rows in (*range(1 + case % 2, 9, 2), 31 + case % 2):
             call = Call(rows, rows, ins, outs, torch.bfloat16)
             levels = torch.randint(-127, 128, (rows, ins // BLOCK, BLOCK))
             levels[..., 5] = 127

@@ -191,7 +191,7 @@ struct ProductArgs {
     const float* offsets;  // grouped: as scales, or null
     const int32_t* sums;   // int8: [outs] sums of a column's weights
     int64_t bits, group;   // grouped
-    bool small;            // grouped: may use the path for few rows
+    bool small;            // grouped: few rows may be rounded; groups are then whole blocks
 };
 
 struct SampleArgs {

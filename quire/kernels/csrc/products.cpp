@@ -20,8 +20,9 @@ constexpr int64_t MOST_ROWS = 96;     // of a block; a multiple of every MAX_ROW
 constexpr int64_t INNER_BYTES = 2048;  // of a row, multiplied at once, so that a panel stays in L2
 constexpr int64_t EXPANDED_ROWS = 2 * MOST_ROWS;  // that share an expanded slice of SLICE inputs
 constexpr int64_t SLICE = 256;
-constexpr int64_t FEW = 8;     // rows, at most, for what is done for few
-constexpr int64_t BLOCK = 32;  // inputs of a row that are rounded together where codes multiply
+constexpr int64_t FEW = 8;             // rows, at most, that wait for memory
+constexpr int64_t ROUNDED_ROWS = 32;   // at most, that are rounded so that codes multiply
+constexpr int64_t BLOCK = 32;          // inputs of a row that are rounded together
 
 // out[row, 16 columns] = value + bias + add.
 template <class T>
@@ -325,7 +326,8 @@ void coded_tiles(const ProductArgs& args, const Rounded& x, int64_t tile) {
     }
 }
 
-// Few rows: they are rounded to bytes, so that codes multiply as they are.
+// Few rows: they are rounded to bytes, so that codes multiply as they are. Every block of the result
+// has all rows.
 template <int BITS> void grouped_few(const ProductArgs& args) {
     thread_local std::vector<int8_t> levels;
     thread_local std::vector<float> scales, totals;
@@ -338,7 +340,7 @@ template <int BITS> void grouped_few(const ProductArgs& args) {
     round_blocks(args, levels.data(), scales.data(), sums.data(), totals.data());
     const Rounded x{reinterpret_cast<const uint32_t*>(levels.data()), scales.data(), sums.data(),
                     totals.data()};
-    each_block(args, FEW, [&](int64_t, int64_t, int64_t tile, int64_t tiles) {
+    each_block(args, ROUNDED_ROWS, [&](int64_t, int64_t, int64_t tile, int64_t tiles) {
         switch (tiles) {
             case 1: return coded_tiles<1, BITS>(args, x, tile);
             case 2: return coded_tiles<2, BITS>(args, x, tile);
@@ -355,7 +357,7 @@ void dense(const ProductArgs& args) {
 }
 void int8(const ProductArgs& args) { args.bf16 ? int8_with<bf16>(args) : int8_with<float>(args); }
 void grouped(const ProductArgs& args) {
-    if (args.small && args.rows <= FEW && args.bf16)
+    if (args.small && args.rows <= ROUNDED_ROWS && args.bf16)
         return args.bits == 4 ? grouped_few<4>(args) : grouped_few<8>(args);
     args.bf16 ? grouped_many<Bf16>(args) : grouped_many<Float>(args);
 }

@@ -9,7 +9,7 @@ and chosen ones where they lie in the arena; `partial` defines what they compute
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -52,24 +52,26 @@ class Reads:
     """What a step reads beside the keys that its items see in the arena.
 
     ``fetch`` answers all ``choices``. ``plans``: for each window, the reads of ``spans`` that the
-    native kernels take; empty where PyTorch does everything.
+    native kernels take, and ``rest`` the others; both empty where PyTorch does everything.
     """
 
     spans: list[SpanRead]
     choices: list[Choice]
     fetch: Fetch | None = None
     plans: dict[int | None, list[packed.Plan]] = field(default_factory=dict)
+    rest: dict[int | None, list[SpanRead]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.spans or self.choices)
 
     def planned(
-        self, shape: Shape, windows: Iterable[int | None], positions: NDArray[np.int64]
+        self, shape: Shape, windows: Collection[int | None], positions: NDArray[np.int64]
     ) -> Reads:
         """The same with plans for the native kernels; rows stand at ``positions``."""
         return replace(
             self,
             plans={w: packed.Plan.make_all(self.spans, shape, w, positions) for w in windows},
+            rest={w: [r for r in self.spans if not packed.fits(r.span, w)] for w in windows},
         )
 
 
@@ -297,9 +299,7 @@ def add_reads(
     plans = reads.plans.get(window)
     for plan in plans or ():
         _add_packed(total, plan, layer, q, scale=scale, softcap=softcap)
-    for read in reads.spans:
-        if plans is not None and packed.fits(read.span, window):
-            continue
+    for read in reads.rest.get(window, reads.spans):
         rows = slice(read.row, read.row + read.rows)
         entries = span_entries(read.span, read.kept, layer)
         seen = visible_at(positions[rows], entries, window)

@@ -236,7 +236,9 @@ def table(rows: list[Row], workloads: list[str], peers: list[str]) -> str:
 
 
 def limits(options: Options, rows: list[Row]) -> str:
-    """Markdown: the least time that this machine's rates allow, and Quire's share of it."""
+    """Markdown: the least time that this machine's rates allow, Quire's share of it, and how much
+    faster than the fastest peer Quire is and an engine at the limit would be.
+    """
     native.configure()
     machine = measure_machine()
     checkpoint = make_checkpoint(options.shape, options.folder)
@@ -249,16 +251,23 @@ def limits(options: Options, rows: list[Row]) -> str:
         f"This machine: {2 * machine.dense / 1e9:.0f} GFLOP/s bf16, {2 * machine.int8 / 1e9:.0f} "
         f"GOP/s int8, {machine.bandwidth / 1e9:.0f} GB/s.",
         "",
-        _line("workload", ["limit, s", "quire, s", "share of the limit"]),
-        _line("---", ["---:"] * 3),
+        _line("workload", ["limit, s", "quire, s", "share", "best peer, s", "ratio", "at the limit"]),
+        _line("---", ["---:"] * 6),
     ]
     for name in options.workload:
         workload = make_workload(name, SHAPES[options.shape].vocab, options.scale)
         least = least_seconds(count_work(spec, workload, size, kv_token), machine, int8=int8)
-        mine = [r["seconds"][0] for r in rows if (r["workload"], r["peer"]) == (name, "quire")]
-        if mine:
-            taken = median(mine)
-            cells = [f"{least:.1f}", f"{taken:.1f}", f"{100 * least / taken:.0f}%"]
+        seconds: dict[str, list[float]] = {}
+        for row in rows:
+            if row["workload"] == name:
+                seconds.setdefault(row["peer"], []).append(row["seconds"][0])
+        taken = {peer: median(values) for peer, values in seconds.items()}
+        mine = taken.pop("quire", None)
+        if mine is not None:
+            cells = [f"{least:.1f}", f"{mine:.1f}", f"{100 * least / mine:.0f}%"]
+            best = min(taken.values(), default=None)
+            if best is not None:
+                cells += [f"{best:.1f}", f"{best / mine:.2f}x", f"{best / least:.2f}x"]
             lines.append(_line(name, cells))
     return "\n".join(lines)
 

@@ -247,12 +247,13 @@ def limits(options: Options, rows: list[Row]) -> str:
     int8 = options.precision == "int8"
     weights = {"int8": "int8", "int4": "int4:32"}.get(options.precision)
     size = weight_bytes(checkpoint, torch.bfloat16, parse_weights(weights) if weights else None)
+    header = ["limit, s", "quire, s", "share", "best peer, s", "ratio", "at the limit"]
     lines = [
         f"This machine: {2 * machine.dense / 1e9:.0f} GFLOP/s bf16, {2 * machine.int8 / 1e9:.0f} "
         f"GOP/s int8, {machine.bandwidth / 1e9:.0f} GB/s.",
         "",
-        _line("workload", ["limit, s", "quire, s", "share", "best peer, s", "ratio", "at the limit"]),
-        _line("---", ["---:"] * 6),
+        _line("workload", header),
+        _line("---", ["---:"] * len(header)),
     ]
     for name in options.workload:
         workload = make_workload(name, SHAPES[options.shape].vocab, options.scale)

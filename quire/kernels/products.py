@@ -55,8 +55,10 @@ def grouped(
     *,
     few: bool = True,
 ) -> Tensor:
-    """The same for grouped codes; ``few`` lets up to 32 rows in bfloat16 be rounded
-    to 8 bits in blocks of 32 inputs, of which groups must consist.
+    """The same for grouped codes.
+
+    ``few`` lets up to 32 rows in bfloat16 be rounded to 8 bits in blocks of 32 inputs, of which
+    groups must consist.
     """
     out = x.new_empty(x.shape[0], outs)
     extension().grouped(

@@ -42,9 +42,9 @@ def decode_step(model: Decoder, rows: int, context: int) -> tuple[Engine, Sequen
     last: list[Sequence[Work]] = []
     forward = engine.runner.forward
 
-    def record(works: Sequence[Work]) -> torch.Tensor:
+    def record(works: Sequence[Work], wanted: Sequence[int]) -> torch.Tensor:
         last.append(works)
-        return forward(works)
+        return forward(works, wanted)
 
     engine.runner.forward = record  # type: ignore[method-assign]
     while not last or len(last[-1]) < rows or any(w.item.count > 1 for w in last[-1]):

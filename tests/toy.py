@@ -49,15 +49,27 @@ class MockModel:
         self.places = torch.randn(self.spec.context, 8, generator=generator)
 
     def forward(
-        self, ids: Tensor, positions: Tensor, attend: object, *, layers: int | None = None
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        attend: Callable[..., Tensor],
+        *,
+        layers: int | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         self.tokens_seen += len(ids)
         x = self.embedding[ids] + self.places[positions]
-        for layer in range(len(self.spec.layers))[:layers]:
-            q = torch.stack([x, x.flip(-1)], dim=1)
-            k, v = x[:, None].clone(), x.roll(1, -1)[:, None]
-            x = x + attend(layer, q, k, v, None).sum(1)  # type: ignore[operator]
+        run = range(len(self.spec.layers))[:layers]
+        for layer in run:
+            q, k, v = self.project(x)
+            if rows is not None and layer == run[-1]:
+                x = x[rows]
+            x = x + attend(layer, q, k, v, None).sum(1)
         return x
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``x`` ``[tokens, 8]`` -> queries, keys and values, ``[tokens, heads, 8]`` each."""
+        return torch.stack([x, x.flip(-1)], dim=1), x[:, None].clone(), x.roll(1, -1)[:, None]
 
     def logits(self, hidden: Tensor) -> Tensor:
         return hidden @ self.embedding.T

@@ -51,7 +51,7 @@ class Plan:
         """
         reads: dict[int, list[int]] = {}  # segment -> row, rows, first page, offset, keys, position
         segments: list[Segment] = []
-        pages: list[NDArray[np.int32]] = []
+        pages: list[NDArray[np.int32]] = [np.empty(0, dtype=np.int32)]
         own: list[tuple[Segment, list[int]]] = []
         listed = row = 0
 
@@ -76,11 +76,12 @@ class Plan:
             row += item.count
         segments.extend(segment for segment, _ in own)
         positions = [np.arange(item.start, item.start + item.count) for item in items]
+        entries = [*reads.values(), *(entry for _, entry in own)]
         return cls(
             kernels.make_plan(
-                np.array([*reads.values(), *(entry for _, entry in own)], dtype=np.int64),
+                np.array(entries, dtype=np.int64).reshape(-1, 6),
                 np.concatenate(pages),
-                np.concatenate(positions),
+                np.concatenate([np.empty(0, dtype=np.int64), *positions]),
                 valid([(_in_arena(s), s.entries) for s in segments], shape),
                 shape.layers,
                 shape.kv_heads,

@@ -16,7 +16,7 @@ Shared-prefix attention as dense products: Hydragen (arXiv 2402.05099), BatchLLM
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,21 @@ class Item:
     count: int
     segment: Segment
     before: tuple[tuple[Segment, int], ...]
+
+
+def last_rows(items: Sequence[Item], wanted: Sequence[int]) -> tuple[list[Item], NDArray[np.int64]]:
+    """The items with only their last ``wanted[i]`` rows, without those that are left with none.
+
+    And which of all the rows these are.
+    """
+    ends = np.cumsum([item.count for item in items])
+    rows = [np.arange(end - count, end) for end, count in zip(ends, wanted, strict=True)]
+    cut = [
+        replace(item, start=item.start + item.count - count, count=count)
+        for item, count in zip(items, wanted, strict=True)
+        if count
+    ]
+    return cut, np.concatenate(rows)
 
 
 @dataclass(frozen=True)

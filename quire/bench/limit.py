@@ -33,6 +33,8 @@ class Work:
 
     Multiply-adds of the layers' matrices, of the head and of attention; bytes that must stream:
     the weights once for each decode step of the largest batch, and the KV that each step reads.
+    Of prompt tokens but the last, whose hidden states nobody reads, the last layer needs no more
+    than keys and values.
     """
 
     layers: int
@@ -69,12 +71,13 @@ def _best(run: Callable[[], object], times: int = 12) -> float:
 def count_work(spec: ModelSpec, workload: Workload, weight_bytes: int, kv_token: int) -> Work:
     """The work of ``workload`` on a dense model. ``kv_token``: bytes of KV for a token."""
     q_width = spec.heads * spec.head_dim
-    qkv = q_width + 2 * spec.kv_heads * spec.head_dim
+    kv = spec.hidden_size * 2 * spec.kv_heads * spec.head_dim
     mlp = (3 if spec.gated else 2) * spec.intermediate_size
-    layer = spec.hidden_size * (qkv + q_width + mlp)
+    layer = kv + spec.hidden_size * (2 * q_width + mlp)
     prompts = sorted(workload.prompts, key=lambda p: p.astype(">i4").tobytes())
     output, samples = workload.output, workload.samples
-    distinct = pairs = 0  # prompt tokens computed, and the (query, key) pairs of all tokens
+    distinct = ends = 0  # prompt tokens computed, and those of them that are a prompt's last
+    pairs = last = 0  # (query, key) pairs of all tokens, and in the last layer
     before = np.empty(0, dtype=np.int32)
     for prompt in prompts:
         size = min(len(before), len(prompt))
@@ -82,20 +85,26 @@ def count_work(spec: ModelSpec, workload: Workload, weight_bytes: int, kv_token:
         shared = int(differs[0]) if len(differs) else size
         distinct += len(prompt) - shared
         pairs += _triangle(len(prompt)) - _triangle(shared)
+        if shared < len(prompt):
+            ends += 1
+            last += len(prompt)
         # The first output token comes from the prompt; the last one is never computed with.
-        pairs += samples * (_triangle(len(prompt) + output - 1) - _triangle(len(prompt)))
+        own = samples * (_triangle(len(prompt) + output - 1) - _triangle(len(prompt)))
+        pairs += own
+        last += own
         before = prompt
     sequences = samples * len(prompts)
-    tokens = distinct + sequences * (output - 1)
+    decoded = sequences * (output - 1)
+    others = len(spec.layers) - 1
     # With less KV than the whole job needs, the decode steps of its parts follow each other.
     parts = 1 / (workload.kv_share or 1.0)
-    own = sequences * _triangle(output - 1)
+    outputs = sequences * _triangle(output - 1)
     return Work(
-        layers=tokens * layer * len(spec.layers),
+        layers=(distinct + decoded) * (layer * others + kv) + (ends + decoded) * (layer - kv),
         head=sequences * output * spec.hidden_size * spec.vocab_size,
-        attention=pairs * 2 * q_width * len(spec.layers),
+        attention=(pairs * others + last) * 2 * q_width,
         weight_bytes=int(weight_bytes * output * parts),
-        kv_bytes=int(kv_token * (output * distinct + own)),
+        kv_bytes=int(kv_token * (output * distinct + outputs)),
     )
 
 

@@ -213,11 +213,12 @@ class Engine:
         self.times.plan += time.perf_counter() - started
         started = time.perf_counter()
         self._start_masks()
-        hidden = self.runner.forward(left) if left else None
+        wanted = [self._wanted(work) for work in left]
+        hidden = self.runner.forward(left, wanted) if left else None
         self.times.model += time.perf_counter() - started
         started, head = time.perf_counter(), self.runner.head_seconds
         with torch.inference_mode():
-            ready, rows = self._caught_up(left, hidden)
+            ready, rows = self._caught_up(left, wanted, hidden)
         if self.prefixes is not None:
             self.prefixes.keep(left)
         if self.keeper is not None:
@@ -234,30 +235,40 @@ class Engine:
         """Whether log-probabilities of the whole prompt are wanted."""
         return self._pending[seq.request].request.params.prompt_logprobs is not None
 
+    def _wanted(self, work: Work) -> int:
+        """Of how many of the work's last tokens the hidden states are needed."""
+        node = work.node
+        if node is None:
+            return int(len(work.sequence.output) == work.sequence.tail.length)
+        if self._scored(work.sequence):
+            return work.item.count
+        return int(node.missing == 0 and node.ends > 0)
+
     def _caught_up(
-        self, works: Sequence[Work], hidden: Tensor | None
+        self, works: Sequence[Work], wanted: Sequence[int], hidden: Tensor | None
     ) -> tuple[list[Seq], list[Tensor]]:
         """Sequences whose output has caught up, and their last hidden states.
 
-        Nodes at which prompts end get theirs to keep.
+        Nodes at which prompts end get theirs to keep. ``hidden`` ``[sum of wanted, hidden]``.
         """
         ready: list[Seq] = []
         rows: list[Tensor] = []
         last = 0
-        for work in works:
+        for work, count in zip(works, wanted, strict=True):
+            if not count:
+                continue
             assert hidden is not None
-            first, last = last, last + work.item.count
+            first, last = last, last + count
             node = work.node
             if node is None:
-                if len(work.sequence.output) == work.sequence.tail.length:
-                    ready.append(work.sequence)
-                    rows.append(hidden[last - 1])
+                ready.append(work.sequence)
+                rows.append(hidden[last - 1])
                 continue
             if node.missing == 0 and node.ends:
                 node.hidden = hidden[last - 1].clone()
-            wanted = self._pending[work.sequence.request].request.params.prompt_logprobs
-            if wanted is not None:
-                self._score_prompt(work, hidden[first:last], wanted)
+            scored = self._pending[work.sequence.request].request.params.prompt_logprobs
+            if scored is not None:
+                self._score_prompt(work, hidden[first:last], scored)
         return ready, rows
 
     def _sample(self, ready: list[Seq], rows: list[Tensor]) -> list[EngineResult] | None:

@@ -31,11 +31,16 @@ class Fused:
     windows: tuple[int | None, ...]
 
     def over(
-        self, slots: Tensor, plans: Mapping[int | None, Plan]
+        self,
+        slots: Tensor,
+        plans: Mapping[int | None, Plan],
+        rows: Tensor | None,
+        ending: Plan | None,
     ) -> Callable[[Tensor, Angles], Tensor]:
         """What takes a step's embeddings through all layers, for `Decoder.around`.
 
-        ``slots`` int64 ``[tokens]``; a plan for each window that the model has.
+        ``slots`` int64 ``[tokens]``; a plan for each window that the model has. ``rows``: those of
+        which the result is wanted, as in `Decoder.forward`; ``ending`` is their plan.
         """
 
         def run(x: Tensor, angles: Angles) -> Tensor:
@@ -47,8 +52,10 @@ class Fused:
                 slots,
                 self.arena.keys,
                 self.arena.values,
+                rows,
+                None if ending is None else ending.tasks,
             )
-            return x
+            return x if rows is None else x[: len(rows)]
 
         return run
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quire.attention import chosen, composed, merged, native, reference
-from quire.attention.segments import Item, lay_out
+from quire.attention.segments import Item, last_rows, lay_out
 from quire.engine.fused import Fused, fuse
 from quire.engine.keeper import Chunk, Keeper
 from quire.engine.world import Work
@@ -20,11 +20,13 @@ from quire.kv.arena import Arena, TiledArena
 from quire.kv.method import Index, Reader
 from quire.kv.pages import Segment
 from quire.models import rope
-from quire.models.decoder import Attend, Decoder
+from quire.models.decoder import Decoder
 
 LOGIT_BYTES = 64 << 20  # workspace for one tile of float32 logits
 
 Rotation = tuple[Tensor, Tensor] | None
+Read = Callable[[int, Tensor], Tensor]
+"""Attention of a layer, of rotated queries ``[rows, heads, head_dim]``, whose KV is stored."""
 
 
 @dataclass
@@ -47,69 +49,96 @@ class Runner:
         if isinstance(self.arena, TiledArena) and not self.plain and self.keeper is None:
             self.fused = fuse(self.model, self.arena)
 
-    def forward(self, works: Sequence[Work]) -> Tensor:
-        """Compute all tokens of ``works`` (in order): final hidden states [tokens, hidden]."""
+    def forward(self, works: Sequence[Work], wanted: Sequence[int] | None = None) -> Tensor:
+        """Compute all tokens of ``works`` (in order): final hidden states [rows, hidden].
+
+        Rows are the last ``wanted[i]`` tokens of each, or all of them.
+        """
         device = self.arena.keys.device
         ids = torch.from_numpy(np.concatenate([w.tokens for w in works]).astype(np.int64))
         slots = torch.from_numpy(np.concatenate([w.slots for w in works])).to(device)
-        items = [work.item for work in works]
+        items = ends = [work.item for work in works]
         positions = np.concatenate([np.arange(i.start, i.start + i.count) for i in items])
         at = torch.from_numpy(positions).to(device)
+        rows: Tensor | None = None
+        if wanted is not None and sum(wanted) < len(ids):
+            ends, chosen_rows = last_rows(items, wanted)
+            rows = torch.from_numpy(chosen_rows).to(device)
         with torch.inference_mode():
             if self.fused is not None:
-                layers = self.fused.over(slots, self._plans(items, self.fused.windows))
-                return self.model.around(ids, at, layers)
+                plans = self._plans(items, self.fused.windows)
+                window = self.model.spec.layers[-1].window
+                ending = None if rows is None else self._plans(ends, [window])[window]
+                return self.model.around(ids, at, self.fused.over(slots, plans, rows, ending))
             if self.keeper is None:
-                attend = self._attend(items, slots)
+                read = self._exact(items, ends, rows)
             else:
-                attend = self._compose(works, slots, at)
-            return self.model.forward(ids.to(device), at, attend)
+                read = self._composed(works, at, rows)
 
-    def _attend(self, items: list[Item], slots: Tensor) -> Attend:
-        """The attention of a step, laid out for each window that the model has."""
+            def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
+                return read(layer, self._append(layer, slots, q, k, v, rotation))
+
+            return self.model.forward(ids.to(device), at, attend, rows=rows)
+
+    def _append(
+        self, layer: int, slots: Tensor, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation
+    ) -> Tensor:
+        """Append rotated keys and values to the arena; returns the rotated queries."""
+        arena = self.arena
+        if isinstance(arena, TiledArena) and not self.plain:
+            rotate_append(q, k, v, rotation, slots, arena.keys[layer], arena.values[layer])
+            return q
+        if rotation is not None:
+            q, k = rope.rotate(q, *rotation), rope.rotate(k, *rotation)
+        arena.write(layer, slots, k, v)
+        return q.contiguous()
+
+    def _exact(self, items: list[Item], ends: list[Item], rows: Tensor | None) -> Read:
+        """The attention of a step; the last layer's is of ``rows`` only, which are ``ends``."""
+        windows = [layer.window for layer in self.model.spec.layers]
+        every = self._over(items, set(windows))
+        if rows is None:
+            return every
+        ending = self._over(ends, {windows[-1]})
+
+        def read(layer: int, q: Tensor) -> Tensor:
+            return every(layer, q) if layer < len(windows) - 1 else ending(layer, q[rows])
+
+        return read
+
+    def _over(self, items: list[Item], windows: set[int | None]) -> Read:
+        """Attention of ``items``, laid out for each of the windows of layers."""
         arena, spec = self.arena, self.model.spec
         scale, softcap = spec.scale, spec.softcap
-        windows = [layer.window for layer in spec.layers]
         if isinstance(arena, TiledArena) and not self.plain:
-            plans = self._plans(items, set(windows))
+            plans = self._plans(items, windows)
 
-            def attend_tiles(
-                layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation
-            ) -> Tensor:
-                rotate_append(q, k, v, rotation, slots, arena.keys[layer], arena.values[layer])
-                return native.attend(
-                    arena, layer, q, plans[windows[layer]], scale=scale, softcap=softcap
-                )
+            def read_tiles(layer: int, q: Tensor) -> Tensor:
+                plan = plans[spec.layers[layer].window]
+                return native.attend(arena, layer, q, plan, scale=scale, softcap=softcap)
 
-            return attend_tiles
+            return read_tiles
 
         if isinstance(arena, Arena) and not self.plain:
             like = arena.keys
             tables = {
                 window: merged.Tables.make(lay_out(items, window), like.device, like.dtype)
-                for window in set(windows)
+                for window in windows
             }
 
-            def attend_merged(
-                layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation
-            ) -> Tensor:
-                q = _rotate_and_store(arena, layer, slots, q, k, v, rotation)
-                return merged.attend(
-                    arena, layer, q, tables[windows[layer]], scale=scale, softcap=softcap
-                )
+            def read_merged(layer: int, q: Tensor) -> Tensor:
+                table = tables[spec.layers[layer].window]
+                return merged.attend(arena, layer, q, table, scale=scale, softcap=softcap)
 
-            return attend_merged
+            return read_merged
 
-        def attend_plainly(
-            layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation
-        ) -> Tensor:
-            q = _rotate_and_store(arena, layer, slots, q, k, v, rotation)
-            window = windows[layer]
+        def read_plainly(layer: int, q: Tensor) -> Tensor:
+            window = spec.layers[layer].window
             return reference.attend(
                 arena, layer, q, items, scale=scale, softcap=softcap, window=window
             )
 
-        return attend_plainly
+        return read_plainly
 
     def _plans(
         self, items: Sequence[Item], windows: Iterable[int | None]
@@ -124,9 +153,12 @@ class Runner:
         spec = self.model.spec
         return native.Shape(len(spec.layers), spec.heads, spec.kv_heads, spec.head_dim)
 
-    def _compose(self, works: Sequence[Work], slots: Tensor, positions: Tensor) -> Attend:
-        """The attention of a step under a KV recipe: what methods hold, and what they choose."""
-        keeper, arena = self.keeper, self.arena
+    def _composed(self, works: Sequence[Work], positions: Tensor, wanted: Tensor | None) -> Read:
+        """The attention of a step under a KV recipe: what methods hold, and what they choose.
+
+        Methods watch all queries in every layer; the last layer's result is of ``wanted`` only.
+        """
+        keeper = self.keeper
         assert keeper is not None
         windows = [layer.window for layer in self.model.spec.layers]
         items = [w.item for w in works]
@@ -144,11 +176,7 @@ class Runner:
         at = positions[others.to(positions.device)]
         beside = self._read(left, index_of, at, some, choosing) if left else None
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
-            if isinstance(arena, TiledArena) and not self.plain:
-                rotate_append(q, k, v, rotation, slots, arena.keys[layer], arena.values[layer])
-            else:
-                q = _rotate_and_store(arena, layer, slots, q, k, v, rotation)
+        def read(layer: int, q: Tensor) -> Tensor:
             if windows[layer] in choosing:
                 out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
                 if beside is not None:
@@ -168,9 +196,9 @@ class Runner:
             else:
                 out = everything(layer, q).to(q.dtype)
             keeper.watch(works, layer, q, positions)
-            return out
+            return out if wanted is None or layer < len(windows) - 1 else out[wanted]
 
-        return attend
+        return read
 
     def _read(
         self,
@@ -179,11 +207,8 @@ class Runner:
         positions: Tensor,
         readers: Sequence[Reader],
         windows: set[int | None],
-    ) -> Callable[[int, Tensor], Tensor]:
-        """Attention of ``items`` in layers with those windows: the arena's, then what methods hold.
-
-        What is returned takes a layer and its rotated queries ``[rows, heads, head_dim]``.
-        """
+    ) -> Read:
+        """Attention of ``items`` in layers with those windows: arena's, and what methods hold."""
         arena, spec = self.arena, self.model.spec
         scale, softcap = spec.scale, spec.softcap
         assert self.keeper is not None
@@ -193,7 +218,7 @@ class Runner:
         if tiled:
             reads = reads.planned(self._shape(), windows, positions.numpy())
 
-        def attend(layer: int, q: Tensor) -> Tensor:
+        def read(layer: int, q: Tensor) -> Tensor:
             window = spec.layers[layer].window
             if isinstance(arena, TiledArena) and tiled:
                 lse = torch.empty(q.shape[:2]) if reads else None
@@ -223,7 +248,7 @@ class Runner:
             )
             return total.out
 
-        return attend
+        return read
 
     def each_logits(self, hidden: Tensor, use: Callable[[Tensor, int], None]) -> None:
         """Call ``use(logits, first_row)`` on tiles of the logits of ``hidden`` [rows, hidden]."""
@@ -252,19 +277,3 @@ def _without(items: Sequence[Item], chunks: Sequence[Chunk]) -> tuple[list[Item]
         others += range(row + rows, row + item.count)
         row += item.count
     return left, torch.tensor(others, dtype=torch.int64)
-
-
-def _rotate_and_store(
-    arena: Arena | TiledArena,
-    layer: int,
-    slots: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rotation: Rotation,
-) -> Tensor:
-    """Append rotated keys and values to the arena; returns the rotated queries."""
-    if rotation is not None:
-        q, k = rope.rotate(q, *rotation), rope.rotate(k, *rotation)
-    arena.write(layer, slots, k, v)
-    return q.contiguous()

@@ -74,11 +74,14 @@ def run_layers(
     slots: Tensor,
     keys: Tensor,
     values: Tensor,
+    wanted: Tensor | None,
+    ending: object | None,
 ) -> None:
     """Turn the first layer's input ``x`` ``[rows, hidden]`` into the last one's output, in place.
 
     The other arguments are those of `rotate_append` and `attend`; ``keys`` and ``values`` are of
-    all layers.
+    all layers. ``wanted`` int64, ascending: ``x`` begins with the output of these rows, and the
+    rest of it is of no use; the last layer attends by the plan ``ending`` then.
     """
     assert x.is_contiguous()
     assert slots.shape == (len(x),)
@@ -86,6 +89,7 @@ def run_layers(
     assert keys.is_contiguous()
     assert values.is_contiguous()
     assert x.dtype == keys.dtype == values.dtype
+    assert wanted is None or wanted.is_contiguous()
     for pair in rotations:
         for part in pair:
             assert part.is_contiguous()
@@ -102,4 +106,7 @@ def run_layers(
         keys.data_ptr(),
         values.data_ptr(),
         keys[0].nbytes,
+        address(wanted),
+        0 if wanted is None else len(wanted),
+        ending,
     )

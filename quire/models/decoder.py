@@ -26,7 +26,8 @@ class Attend(Protocol):
     ``q`` ``[tokens, heads, head_dim]``, ``k`` and ``v`` ``[tokens, kv_heads, head_dim]``, views of
     one matrix, which it may overwrite. Rotates q and k by ``rotation`` (cosines and sines float32
     ``[tokens, rotated / 2]``; None: not at all), stores k and v, reads what each token may see
-    under the layer's window, applies scale and soft cap, and returns ``[tokens, heads, head_dim]``.
+    under the layer's window, applies scale and soft cap, and returns ``[tokens, heads, head_dim]``,
+    in the last layer those of the rows that the pass wants.
     """
 
     def __call__(
@@ -84,16 +85,25 @@ class Decoder:
         return sum(products.values())
 
     def forward(
-        self, ids: Tensor, positions: Tensor, attend: Attend, *, layers: int | None = None
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        *,
+        layers: int | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """Final hidden states ``[tokens, hidden]``; ``ids``, ``positions`` int64 ``[tokens]``.
 
-        ``layers``: run only the first so many.
+        ``layers``: run only the first so many. ``rows`` int64: of only these tokens; the last layer
+        then does no more for the others than their keys and values, which later tokens read.
         """
 
         def one_by_one(x: Tensor, angles: Angles) -> Tensor:
-            for index, layer in enumerate(self.layers[:layers]):
-                x = self._layer(index, layer, x, angles, attend)
+            run = self.layers[:layers]
+            for index, layer in enumerate(run):
+                wanted = rows if index == len(run) - 1 else None
+                x = self._layer(index, layer, x, angles, attend, wanted)
             return x
 
         return self.around(ids, positions, one_by_one)
@@ -120,23 +130,34 @@ class Decoder:
         cap = self.spec.final_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def _layer(self, index: int, layer: Layer, x: Tensor, angles: Angles, attend: Attend) -> Tensor:
-        def attention(x: Tensor, add: Tensor | None = None) -> Tensor:
-            return self._attention(index, layer, x, add, angles, attend)
+    def _layer(
+        self,
+        index: int,
+        layer: Layer,
+        x: Tensor,
+        angles: Angles,
+        attend: Attend,
+        rows: Tensor | None,
+    ) -> Tensor:
+        def attention(all_rows: Tensor, add: Tensor | None = None) -> Tensor:
+            return self._attention(index, layer, all_rows, add, angles, attend)
 
         norms = layer.norms
+        whole = x
+        if rows is not None:
+            x = x[rows]
         match self.spec.placement:
             case "pre":
-                x = attention(norms[0](x), add=x)
+                x = attention(norms[0](whole), add=x)
                 return layer.mlp(norms[1](x), add=x)
             case "post":
-                x = x + norms[0](attention(x))
+                x = x + norms[0](attention(whole))
                 return x + norms[1](layer.mlp(x))
             case "sandwich":
-                x = x + norms[1](attention(norms[0](x)))
+                x = x + norms[1](attention(norms[0](whole)))
                 return x + norms[3](layer.mlp(norms[2](x)))
             case "parallel":
-                return layer.mlp(norms[1](x), add=attention(norms[0](x), add=x))
+                return layer.mlp(norms[1](x), add=attention(norms[0](whole), add=x))
 
     def _attention(
         self,

@@ -83,34 +83,36 @@ def make_requests(seed: int, count: int) -> list[EngineRequest]:
     return requests
 
 
-def hidden_states(engine: Engine, requests: list[EngineRequest]) -> list[Tensor]:
-    """Of every token of every step, to the end."""
+def hidden_states(engine: Engine, requests: list[EngineRequest]) -> tuple[list[Tensor], list[int]]:
+    """Those wanted of every step, to the end, and how many tokens each step computes."""
     found: list[Tensor] = []
+    tokens: list[int] = []
     forward = engine.runner.forward
 
-    def record(works: Sequence[Work]) -> Tensor:
-        found.append(forward(works))
+    def record(works: Sequence[Work], wanted: Sequence[int]) -> Tensor:
+        tokens.append(sum(work.item.count for work in works))
+        found.append(forward(works, wanted))
         return found[-1]
 
     engine.runner.forward = record  # type: ignore[method-assign]
     engine.add(requests)
     while engine.unfinished:
         engine.step()
-    return found
+    return found, tokens
 
 
 def check(model: Decoder, *, count: int, chunk: int, deterministic: bool = False) -> list[int]:
-    """Both ways, bit by bit; the number of rows of each step."""
+    """Both ways, bit by bit; the number of tokens of each step."""
     fused = make_engine(model, chunk, deterministic=deterministic)
     plain = make_engine(model, chunk, deterministic=deterministic)
     assert fused.runner.fused is not None
     plain.runner.fused = None
-    steps = hidden_states(fused, make_requests(count, count))
-    expected = hidden_states(plain, make_requests(count, count))
-    assert [len(s) for s in steps] == [len(s) for s in expected]
+    steps, tokens = hidden_states(fused, make_requests(count, count))
+    expected, same_tokens = hidden_states(plain, make_requests(count, count))
+    assert tokens == same_tokens
     assert all(torch.isfinite(s).all() for s in steps)
     assert all(torch.equal(a, b) for a, b in zip(steps, expected, strict=True))
-    return [len(s) for s in steps]
+    return tokens
 
 
 @DTYPES

@@ -248,7 +248,13 @@ class Blind(MockModel):
         self.held: list[tuple[Tensor, Tensor]] = []
 
     def forward(
-        self, ids: Tensor, positions: Tensor, attend: Any, *, layers: int | None = None
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        attend: Any,
+        *,
+        layers: int | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         def seeing(layer: int, q: Tensor, k: Tensor, v: Tensor, _rotation: None) -> Tensor:
             attend(layer, q, k, v, None)
@@ -261,9 +267,11 @@ class Blind(MockModel):
                 first = at // self.block * self.block if at < self.end else 0
                 weights = (self.spec.scale * row @ keys[first : at + 1, 0].T).softmax(-1)
                 out.append(weights @ values[first : at + 1, 0])
-            return torch.stack(out)
+            whole = torch.stack(out)
+            last = layer == len(self.spec.layers) - 1
+            return whole if rows is None or not last else whole[rows]
 
-        return super().forward(ids, positions, seeing, layers=layers)
+        return super().forward(ids, positions, seeing, layers=layers, rows=rows)
 
 
 def test_layers_with_a_window_read_everything() -> None:

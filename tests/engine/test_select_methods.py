@@ -54,16 +54,9 @@ class Grouped(MockModel):
 
     spec: ModelSpec = field(default_factory=two_heads)
 
-    def forward(
-        self, ids: Tensor, positions: Tensor, attend: Any, *, layers: int | None = None
-    ) -> Tensor:
-        self.tokens_seen += len(ids)
-        x = self.embedding[ids] + self.places[positions]
-        for layer in range(len(self.spec.layers))[:layers]:
-            q = torch.stack([x, x.flip(-1), x.roll(2, -1), -x], dim=1)
-            k, v = torch.stack([x, x.roll(3, -1)], dim=1), torch.stack([x.roll(1, -1), x], dim=1)
-            x = x + attend(layer, q, k, v, None).sum(1)
-        return x
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q = torch.stack([x, x.flip(-1), x.roll(2, -1), -x], dim=1)
+        return q, torch.stack([x, x.roll(3, -1)], dim=1), torch.stack([x.roll(1, -1), x], dim=1)
 
 
 @dataclass

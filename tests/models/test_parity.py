@@ -12,6 +12,7 @@ import pytest
 import torch
 from families import MODELS, make
 
+from quire.attention.segments import last_rows
 from quire.decode.params import SamplingParams
 from quire.engine.engine import Engine
 from quire.engine.request import EngineRequest
@@ -46,7 +47,7 @@ def test_logits_at_every_position(name: str, tmp_path: Path) -> None:
     rows: dict[int, list[torch.Tensor]] = {}
     run = ours.runner.forward
 
-    def record(works: list) -> torch.Tensor:
+    def record(works: list, wanted: list[int]) -> torch.Tensor:
         hidden = run(works)
         logits = ours.runner.model.logits(hidden)
         at = 0
@@ -55,7 +56,7 @@ def test_logits_at_every_position(name: str, tmp_path: Path) -> None:
                 if work.node in seq.leaf.path():
                     rows.setdefault(seq.request, []).append(logits[at : at + work.item.count])
             at += work.item.count
-        return hidden
+        return hidden[last_rows([work.item for work in works], wanted)[1]]
 
     ours.runner.forward = record  # type: ignore[method-assign]
     params = SamplingParams(temperature=0.0, max_tokens=1)

@@ -268,9 +268,10 @@ Model make_model(Ints table, int64_t heads, int64_t kv_heads, int64_t head_dim, 
 // `rotations` [.., 3]: the members of a Rotation.
 void step(const Model& model, uintptr_t x, int64_t rows, Ints rotations,
           const std::vector<const AttentionPlan*>& plans, uintptr_t slots, uintptr_t keys,
-          uintptr_t values, int64_t layer_bytes) {
-    StepArgs args{at<void>(x), rows, {}, plans, at<int64_t>(slots), at<void>(keys),
-                  at<void>(values), layer_bytes};
+          uintptr_t values, int64_t layer_bytes, uintptr_t wanted, int64_t wanted_rows,
+          const AttentionPlan* ending) {
+    StepArgs args{at<void>(x), rows, {}, plans, at<int64_t>(slots), at<void>(keys), at<void>(values),
+                  layer_bytes, at<int64_t>(wanted), wanted_rows, ending};
     for (size_t i = 0; i < rotations.shape(0); ++i) {
         const int64_t* r = rotations.data() + i * 3;
         args.rotations.push_back({at<float>(r[0]), at<float>(r[1]), r[2]});
@@ -338,7 +339,8 @@ NB_MODULE(_native, m) {
     m.def("grouped", grouped, free);
     nb::class_<Model>(m, "Model");
     m.def("make_model", make_model);
-    m.def("run_layers", step);
+    m.def("run_layers", step, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+          nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none());
     m.def("widen", [](uintptr_t from, uintptr_t to, int64_t count) {
         widen(at<uint16_t>(from), at<uint32_t>(to), count);
     }, free);

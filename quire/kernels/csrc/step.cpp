@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstring>
 #include <memory>
 
 #include "parallel.h"
@@ -25,7 +26,8 @@ Buffer buffer(int64_t bytes) {
 class Step {
   public:
     Step(const Kernels& kernels, const Model& model, const StepArgs& args)
-        : kernels_(kernels), model_(model), args_(args), size_(model.bf16 ? 2 : 4) {
+        : kernels_(kernels), model_(model), args_(args), size_(model.bf16 ? 2 : 4),
+          rows_(args.rows) {
         int64_t hidden = 0, wide = 0, narrow = 0;
         for (const Layer& layer : model.layers) {
             hidden = std::max(hidden, layer.qkv.args.ins);
@@ -37,21 +39,34 @@ class Step {
         wide_ = buffer(wide * unit);
         narrow_ = buffer(narrow * unit);
         int64_t scratch = 0;
-        for (const AttentionPlan* plan : args.plans)
-            scratch = std::max(scratch, plan->kv_heads * plan->scratch_floats);
+        const auto fit = [&](const AttentionPlan* plan) {
+            if (plan != nullptr)
+                scratch = std::max(scratch, plan->kv_heads * plan->scratch_floats);
+        };
+        std::ranges::for_each(args.plans, fit);
+        fit(args.ending);
         scratch_ = buffer(scratch * int64_t(sizeof(float)));
     }
 
     void run() {
         for (size_t i = 0; i < model_.layers.size(); ++i) {
             const Layer& layer = model_.layers[i];
-            norm(args_.x, normed_.get(), layer.norm, args_.rows, layer.qkv.args.ins);
+            const AttentionPlan* plan = args_.plans[layer.plan];
+            norm(args_.x, normed_.get(), layer.norm, rows_, layer.qkv.args.ins);
             multiply(layer.qkv, normed_.get(), wide_.get(), nullptr);
-            attend(layer, int64_t(i));
+            append(layer, int64_t(i));
+            if (args_.wanted != nullptr && i + 1 == model_.layers.size()) {
+                keep_wanted(args_.x, layer.out.args.outs);
+                keep_wanted(wide_.get(), layer.qkv.args.outs);
+                rows_ = args_.wanted_rows;
+                plan = args_.ending;
+                if (rows_ == 0) return;
+            }
+            attend(layer, int64_t(i), plan);
             multiply(layer.out, narrow_.get(), args_.x, args_.x);
-            norm(args_.x, normed_.get(), layer.mlp_norm, args_.rows, layer.up.args.ins);
+            norm(args_.x, normed_.get(), layer.mlp_norm, rows_, layer.up.args.ins);
             multiply(layer.up, normed_.get(), wide_.get(), nullptr);
-            kernels_.gate({wide_.get(), narrow_.get(), args_.rows, layer.down.args.ins,
+            kernels_.gate({wide_.get(), narrow_.get(), rows_, layer.down.args.ins,
                            model_.activation, model_.gated, model_.bf16});
             multiply(layer.down, narrow_.get(), args_.x, args_.x);
         }
@@ -68,7 +83,7 @@ class Step {
         args.x_stride = args.ins;
         args.out = out;
         args.add = add;
-        args.rows = args_.rows;
+        args.rows = rows_;
         args.bf16 = model_.bf16;
         switch (linear.format) {
             case DENSE: return kernels_.dense(args);
@@ -77,14 +92,22 @@ class Step {
         }
     }
 
-    // Queries, keys and values in `wide_` -> results of attention in `narrow_`.
-    void attend(const Layer& layer, int64_t index) {
+    // Moves the wanted rows of a matrix to its beginning.
+    void keep_wanted(void* matrix, int64_t width) {
+        std::byte* base = static_cast<std::byte*>(matrix);
+        for (int64_t row = 0; row < args_.wanted_rows; ++row)
+            if (const int64_t from = args_.wanted[row]; from != row)
+                std::memcpy(base + row * width * size_, base + from * width * size_, width * size_);
+    }
+
+    // Rotates queries and keys in `wide_`, and stores keys and values.
+    void append(const Layer& layer, int64_t index) {
         const int64_t stride = layer.qkv.args.outs, dim = model_.head_dim;
         std::byte* q = wide_[0].bytes;
         std::byte* k = q + model_.heads * dim * size_;
         std::byte* v = k + model_.kv_heads * dim * size_;
         if (layer.q_norm != nullptr)
-            parallel_ranges(args_.rows, 8, [&](int64_t first, int64_t last) {
+            parallel_ranges(rows_, 8, [&](int64_t first, int64_t last) {
                 for (int64_t at = first * stride * size_; first < last;
                      ++first, at += stride * size_) {
                     norm(q + at, q + at, layer.q_norm, model_.heads, dim);
@@ -93,20 +116,29 @@ class Step {
             });
         const Rotation none{nullptr, nullptr, 0};
         const Rotation& rotation = layer.rotation < 0 ? none : args_.rotations[layer.rotation];
-        std::byte* keys = static_cast<std::byte*>(args_.keys) + index * args_.layer_bytes;
-        std::byte* values = static_cast<std::byte*>(args_.values) + index * args_.layer_bytes;
         kernels_.rotate_append({q, k, v, stride, stride, stride, rotation.cos, rotation.sin,
-                                args_.slots, keys, values, args_.rows, model_.heads,
-                                model_.kv_heads, dim, rotation.rotated, model_.bf16});
-        kernels_.attend({args_.plans[layer.plan], q, stride, narrow_.get(), keys, values, index,
+                                args_.slots, of_layer(args_.keys, index),
+                                of_layer(args_.values, index), rows_, model_.heads, model_.kv_heads,
+                                dim, rotation.rotated, model_.bf16});
+    }
+
+    // Rotated queries in `wide_` -> results of attention in `narrow_`.
+    void attend(const Layer& layer, int64_t index, const AttentionPlan* plan) {
+        kernels_.attend({plan, wide_.get(), layer.qkv.args.outs, narrow_.get(),
+                         of_layer(args_.keys, index), of_layer(args_.values, index), index,
                          model_.scale, model_.softcap, reinterpret_cast<float*>(scratch_.get()),
                          nullptr, model_.bf16});
+    }
+
+    void* of_layer(void* first, int64_t index) {
+        return static_cast<std::byte*>(first) + index * args_.layer_bytes;
     }
 
     const Kernels& kernels_;
     const Model& model_;
     const StepArgs& args_;
     const int64_t size_;  // bytes of a number
+    int64_t rows_;        // that are computed
     Buffer normed_, wide_, narrow_, scratch_;
 };
 

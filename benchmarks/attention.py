@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 
 import torch
 
@@ -56,7 +57,7 @@ def main() -> None:
     at = args.prefix + OWN - 1
     own = [segment(OWN) for _ in range(args.readers)]
     shared = [Item((0, i), at, 1, s, ((prefix, 0),)) for i, s in enumerate(own)]
-    alike = [Segment(prefix.extents, prefix.slots, prefix.length) for _ in own]
+    alike = [replace(prefix) for _ in own]
     alone = [Item((i,), at, 1, s, ((alike[i], 0),)) for i, s in enumerate(own)]
     copies = [Item((i,), at, 1, s, ((segment(args.prefix), 0),)) for i, s in enumerate(own)]
     together = best_seconds(arena, shared)

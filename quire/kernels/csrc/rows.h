@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "simd.h"
 #include "softmax.h"
@@ -76,7 +77,7 @@ template <class E> struct Rows {
         const F factor = splat(unit()), shift = splat(-top);
         F total = work.mass[r];
         for (int64_t i = 0; i < count; i += WIDTH) {
-            const F x = exp2(fma(load(s + i), factor, shift));
+            const F x = exp2<std::is_same_v<T, bf16>>(fma(load(s + i), factor, shift));
             total = total + x;
             if (keep) store(s + i, x);
             store(w + i, x);

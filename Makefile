@@ -8,15 +8,19 @@ JOBS ?= 2
 
 NATIVE := CMakeLists.txt $(wildcard quire/kernels/csrc/*)
 
-$(VENV)/base: pyproject.toml $(NATIVE)
+$(VENV)/torch:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "torch==2.13.0"
+	touch $@
+
+$(VENV)/base: $(VENV)/torch pyproject.toml $(NATIVE)
 	$(BIN)/pip install --quiet --editable .
 	touch $@
 
-$(VENV)/dev: $(VENV)/base
+# Not on top of base: each of them compiles the kernels.
+$(VENV)/dev: $(VENV)/torch pyproject.toml $(NATIVE)
 	$(BIN)/pip install --quiet --editable ".[dev]"
-	touch $@
+	touch $(VENV)/base $@
 
 demo: $(VENV)/base
 	$(BIN)/quire run examples/prompts.jsonl -o demo-output.jsonl --temperature 0 --fresh

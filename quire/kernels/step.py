@@ -107,6 +107,6 @@ def run_layers(
         values.data_ptr(),
         keys[0].nbytes,
         address(wanted),
-        0 if wanted is None else len(wanted),
+        -1 if wanted is None else len(wanted),
         ending,
     )

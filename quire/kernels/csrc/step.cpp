@@ -55,7 +55,7 @@ class Step {
             norm(args_.x, normed_.get(), layer.norm, rows_, layer.qkv.args.ins);
             multiply(layer.qkv, normed_.get(), wide_.get(), nullptr);
             append(layer, int64_t(i));
-            if (args_.wanted != nullptr && i + 1 == model_.layers.size()) {
+            if (args_.wanted_rows >= 0 && i + 1 == model_.layers.size()) {
                 keep_wanted(args_.x, layer.out.args.outs);
                 keep_wanted(wide_.get(), layer.qkv.args.outs);
                 rows_ = args_.wanted_rows;

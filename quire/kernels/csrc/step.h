@@ -46,10 +46,10 @@ struct StepArgs {
     const int64_t* slots;  // [rows]
     void *keys, *values;   // of the first layer
     int64_t layer_bytes;   // of the keys of a layer, and of the values
-    // Where not null, x begins with the output of these rows, ascending, and the rest of it is of no
-    // use; the last layer attends by the plan `ending`.
+    // x begins with the output of these rows, ascending, and the rest of it is of no use; the last
+    // layer attends by the plan `ending`.
     const int64_t* wanted;
-    int64_t wanted_rows;
+    int64_t wanted_rows;  // -1: all rows are wanted, by the layer's own plan
     const AttentionPlan* ending;
 };
 

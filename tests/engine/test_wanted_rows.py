@@ -15,11 +15,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 
-from families import MODELS, make
+import families
 from instruction_sets import using
 
 from quire.attention.segments import last_rows
 from quire.decode.params import SamplingParams
+from quire.engine import fused
 from quire.engine.engine import Engine
 from quire.engine.request import EngineRequest
 from quire.engine.world import Work
@@ -44,9 +45,8 @@ def requests(count: int) -> list[EngineRequest]:
     return found
 
 
-def check(folder: Path, *, same_bits: bool = False, plain: bool = False) -> Engine:
-    """Each step thrice: all rows, any few of them, and those that the engine wants."""
-    engine = Engine(
+def make_engine(folder: Path, *, same_bits: bool = False, plain: bool = False) -> Engine:
+    return Engine(
         load_model(folder, dtype=torch.float32),
         None,
         policy=POLICIES["batch"],
@@ -55,11 +55,16 @@ def check(folder: Path, *, same_bits: bool = False, plain: bool = False) -> Engi
         deterministic=same_bits,
         plain=plain,
     )
+
+
+def check(folder: Path, *, same_bits: bool = False, plain: bool = False) -> Engine:
+    """Each step four times: all rows, none, any few of them, and those that the engine wants."""
+    engine = make_engine(folder, same_bits=same_bits, plain=plain)
     forward = engine.runner.forward
     rng = random.Random(1)
     sizes = set()
 
-    def thrice(works: Sequence[Work], wanted: Sequence[int]) -> Tensor:
+    def again_and_again(works: Sequence[Work], wanted: Sequence[int]) -> Tensor:
         items = [work.item for work in works]
         expected = forward(works)
         few = [rng.randint(0, item.count) for item in items]
@@ -73,7 +78,7 @@ def check(folder: Path, *, same_bits: bool = False, plain: bool = False) -> Engi
             torch.testing.assert_close(found, rows, rtol=0, atol=2e-5)
         return found
 
-    engine.runner.forward = thrice  # type: ignore[method-assign]
+    engine.runner.forward = again_and_again  # type: ignore[method-assign]
     engine.add(requests(7))
     while engine.unfinished:
         engine.step()
@@ -81,19 +86,18 @@ def check(folder: Path, *, same_bits: bool = False, plain: bool = False) -> Engi
     return engine
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", families.MODELS)
 def test_every_architecture(name: str, tmp_path: Path) -> None:
-    make(name, tmp_path)
+    families.make(name, tmp_path)
     check(tmp_path)
 
 
 @pytest.fixture
 def wide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A model whose heads the native kernels can attend with."""
-    families = pytest.importorskip("families")
     sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64}
     monkeypatch.setattr(families, "BASE", families.BASE | sizes)
-    make("qwen3", tmp_path)
+    families.make("qwen3", tmp_path)
     return tmp_path
 
 
@@ -106,3 +110,30 @@ def test_without_kernels_and_by_the_reference(wide: Path) -> None:
     with using("plain"):
         check(wide)
         check(wide, plain=True)
+
+
+def test_with_no_row_wanted_the_last_layer_is_left_out(
+    wide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The buffer, in which a layer adds its results to its input, tells whether it ran."""
+    left: list[Tensor] = []
+    run_layers = fused.run_layers
+
+    def watched(weights: object, x: Tensor, *others: object) -> None:
+        run_layers(weights, x, *others)  # type: ignore[arg-type]
+        left.append(x.clone())
+
+    monkeypatch.setattr(fused, "run_layers", watched)
+    engine = make_engine(wide)
+    forward = engine.runner.forward
+
+    def twice(works: Sequence[Work], wanted: Sequence[int]) -> Tensor:
+        forward(works, [0] * len(works))
+        return forward(works)[last_rows([work.item for work in works], wanted)[1]]
+
+    engine.runner.forward = twice  # type: ignore[method-assign]
+    engine.add(requests(3))
+    engine.step()
+    none, every = left
+    assert none.shape == every.shape
+    assert not (none == every).all(dim=1).any()

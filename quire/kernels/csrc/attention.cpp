@@ -18,8 +18,24 @@ namespace quire::QUIRE_ISA {
 
 namespace {
 
-QUIRE_INLINE void ask(const uint32_t* from, int64_t lines, int64_t apart) {
-    for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(from + i * apart, 0, 2);
+// Lines [first, last) of a page.
+struct Share {
+    int64_t first, last;
+};
+
+QUIRE_INLINE void ask(const uint32_t* page, Share lines, int64_t apart) {
+    for (int64_t i = lines.first; i < lines.last; ++i)
+        __builtin_prefetch(page + i * apart, 0, 2);
+}
+
+// Calls multiply(first row, rows, share) for the rows that are multiplied at once: each of these
+// passes over the pages asks for its share of the `lines` of pages that come later. All of them in
+// every pass cost more than they save.
+template <class Multiply> void each_pass(int64_t rows, int64_t lines, const Multiply& multiply) {
+    const int64_t passes = (rows + MAX_ROWS - 1) / MAX_ROWS;
+    for (int64_t i = 0, row = 0; i < passes; ++i, row += MAX_ROWS)
+        multiply(row, std::min<int64_t>(MAX_ROWS, rows - row),
+                 Share{lines * i / passes, lines * (i + 1) / passes});
 }
 
 void save_lse(const AttentionArgs& args, int64_t at, float top, float mass) {
@@ -64,14 +80,17 @@ template <class E> struct Task : Rows<E> {
         const int32_t* pages = plan.pages.data() + read.page + first;
         const auto* keys = static_cast<const uint32_t*>(args.keys) + head * PAGE * dim_units;
         const int64_t page_units = plan.kv_heads * PAGE * dim_units, count = (last - first) * PAGE;
-        const int64_t lines = dim_units, left = last_page(last_key) - 1 - first;
-        product<E>(
-            work.scores.data(), BLOCK, work.q.data(), dim_units,
-            [=](int64_t tile, int64_t) {
-                ask(keys + pages[std::min(tile + AHEAD, left)] * page_units, lines, PAGE);
-                return keys + pages[tile] * page_units;
-            },
-            rows, last - first, 1, dim_units, PAGE, false);
+        const int64_t left = last_page(last_key) - 1 - first;
+        each_pass(rows, dim_units, [&](int64_t row, int64_t rows, Share lines) {
+            product<E>(
+                work.scores.data() + row * BLOCK, BLOCK, work.q.data() + row * dim_units, dim_units,
+                [=](int64_t tile, int64_t) {
+                    if (tile + AHEAD <= left)
+                        ask(keys + pages[tile + AHEAD] * page_units, lines, PAGE);
+                    return keys + pages[tile] * page_units;
+                },
+                rows, last - first, 1, dim_units, PAGE, false);
+        });
         const int64_t shift = first * PAGE - read.offset;  // key of the block's first lane
         for (int64_t r = 0; r < rows; ++r) {
             const int64_t place = plan.positions[task.row + r / plan.group] - read.position;
@@ -89,14 +108,17 @@ template <class E> struct Task : Rows<E> {
         const auto* values = static_cast<const uint32_t*>(args.values) + head * steps * dim;
         const int64_t page_units = plan.kv_heads * steps * dim, wide = dim;
         const int64_t left = last_page(last_key()) - 1 - first;
-        product<Product>(
-            work.out.data(), dim, work.weights.data(), UNITS,
-            [=](int64_t tile, int64_t run) {
-                const uint32_t* column = values + tile * WIDTH;
-                ask(column + pages[std::min(run + AHEAD, left)] * page_units, steps, wide);
-                return column + pages[run] * page_units;
-            },
-            rows, dim / WIDTH, last - first, steps, dim, true);
+        each_pass(rows, steps, [&](int64_t row, int64_t rows, Share lines) {
+            product<Product>(
+                work.out.data() + row * wide, wide, work.weights.data() + row * UNITS, UNITS,
+                [=](int64_t tile, int64_t run) {
+                    const uint32_t* column = values + tile * WIDTH;
+                    if (run + AHEAD <= left)
+                        ask(column + pages[run + AHEAD] * page_units, lines, wide);
+                    return column + pages[run] * page_units;
+                },
+                rows, wide / WIDTH, last - first, steps, wide, true);
+        });
     }
 
     // Calls use(first page, last page, maxima of the rows) for each block of scored keys.

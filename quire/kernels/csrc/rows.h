@@ -76,12 +76,18 @@ template <class E> struct Rows {
         T* w = reinterpret_cast<T*>(work.weights.data() + r * UNITS);
         const F factor = splat(unit()), shift = splat(-top);
         F total = work.mass[r];
-        for (int64_t i = 0; i < count; i += WIDTH) {
+        const auto weight = [&](int64_t i) {
             const F x = exp2<std::is_same_v<T, bf16>>(fma(load(s + i), factor, shift));
             total = total + x;
             if (keep) store(s + i, x);
-            store(w + i, x);
+            return x;
+        };
+        int64_t i = 0;
+        for (; i + 2 * WIDTH <= count; i += 2 * WIDTH) {
+            const F x = weight(i);
+            store(w + i, x, weight(i + WIDTH));
         }
+        if (i < count) store(w + i, weight(i));
         if (!keep) work.mass[r] = total;
     }
 

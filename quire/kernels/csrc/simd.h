@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -210,6 +211,19 @@ QUIRE_INLINE void store(bf16* at, F x) {
         std::memcpy(at + p * LANES, &half, sizeof half);
     }
 #endif
+}
+
+// One after the other: in bfloat16 one instruction rounds both.
+template <class T> QUIRE_INLINE void store(T* at, F low, F high) {
+#if defined(__AVX512BF16__)
+    if constexpr (std::is_same_v<T, bf16>) {
+        const __m512bh both = _mm512_cvtne2ps_pbh((__m512)high.part[0], (__m512)low.part[0]);
+        std::memcpy(at, &both, sizeof both);
+        return;
+    }
+#endif
+    store(at, low);
+    store(at + WIDTH, high);
 }
 
 // The first `count` (1 to 16) lanes only; the others read as zero and are not written.

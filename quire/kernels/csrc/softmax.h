@@ -12,7 +12,7 @@
 
 namespace quire::QUIRE_ISA {
 
-constexpr int64_t BLOCK = 8 * PAGE;  // keys scored at once
+constexpr int64_t BLOCK = 16 * PAGE;  // keys scored at once
 constexpr float NOTHING = -1e30f;    // maximum of a row that has seen no key; stays finite
 
 // Workspaces begin at a cache line, so that no vector lies across two.

@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -143,12 +144,12 @@ def run_peer(peer: str, job: Path, timeout: float) -> Row:
         )
         try:
             output, _ = process.communicate(timeout=timeout)
-        except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)
+        except subprocess.TimeoutExpired:
+            return {"error": f"not done after {timeout:g} s"}
+        finally:  # also what outlives it, as vLLM's engine does, and would slow down the next run
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            if isinstance(error, subprocess.TimeoutExpired):
-                return {"error": f"not done after {timeout:g} s"}
-            raise
     if process.returncode != 0:
         lines = log.read_text(errors="replace").strip().splitlines()
         return {"error": lines[-1] if lines else f"ended with {process.returncode}"}

@@ -54,8 +54,11 @@ class AttentionAlone:
         sizes = (spec.heads, spec.kv_heads, spec.kv_heads)
         self.inputs = [torch.randn(self.rows, n, spec.head_dim).bfloat16() for n in sizes]
 
-    def forward(self, _ids: Tensor, _positions: Tensor, attend: Attend) -> Tensor:
-        """Attention of all layers over the same queries."""
+    def forward(
+        self, _ids: Tensor, _positions: Tensor, attend: Attend, *, rows: Tensor | None = None
+    ) -> Tensor:
+        """Attention of all layers over the same queries, of every row."""
+        assert rows is None
         out = self.inputs[0]
         for layer in range(len(self.spec.layers)):
             out = attend(layer, *self.inputs, None)

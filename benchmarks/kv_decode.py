@@ -161,7 +161,7 @@ class Memory:
         found: dict[Segment, Index] = {}
         total = 0
         for segment in segments:
-            slots = torch.from_numpy(segment.slots)
+            slots = torch.from_numpy(segment.slots[: self.tokens])  # not all of the last page
 
             def layers(layer: int, slots: Tensor = slots) -> Entries:
                 k, v = self.arena.read(layer, slots)
